@@ -1,0 +1,1 @@
+"""The decode worker: landed KV in, tokens out."""

@@ -1,0 +1,1 @@
+"""Running a model: block pool, prefix cache, step plans; ``device/`` is all that needs torch."""

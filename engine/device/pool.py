@@ -1,0 +1,38 @@
+"""The KV pool on the device: one tensor, and each layer seen as rows."""
+
+import torch
+
+from pdserve.layout import KvLayout, KvMemory
+
+
+class KvPool:
+    """Owns the pool's memory, zeroed but not touched: the system commits pages as used.
+
+    slots[layer]: [block, offset, is_value, kv_head * head_dim], not contiguous.
+    heads[layer]: [-1, head_dim], a row per block, is_value, offset and kv head, in this order.
+    """
+
+    def __init__(self, layout: KvLayout, block_count: int) -> None:
+        """Allocate; raises RuntimeError where the memory cannot be had."""
+        self.layout = layout
+        self.block_count = block_count
+        self._blocks = torch.zeros(
+            layout.layer_count,
+            block_count,
+            2,
+            layout.block_tokens,
+            layout.kv_head_count,
+            layout.head_dim,
+            dtype=getattr(torch, layout.dtype),
+        )
+        shape = (block_count, 2, layout.block_tokens, layout.kv_head_count * layout.head_dim)
+        self.slots = tuple(layer.view(shape).transpose(1, 2) for layer in self._blocks)
+        self.heads = tuple(layer.view(-1, layout.head_dim) for layer in self._blocks)
+
+    def __repr__(self) -> str:
+        return f"<KvPool {self.block_count} blocks>"
+
+    @property
+    def memory(self) -> KvMemory:
+        """Where the pool is, for the transfer layer."""
+        return KvMemory(self._blocks.data_ptr(), self.block_count, self.layout)

@@ -1,0 +1,51 @@
+"""What runs steps.  The CPU and CUDA backends, the simulator's cost model: all are executors."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.step import StepPlan, StepResult
+from pdserve.layout import KvMemory
+
+OnLayer = Callable[[int, int], None]
+"""Called with (step, layer) once that layer's KV of the whole step is written and visible."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the rest of a worker may know of a model."""
+
+    name: str
+    hash: str  # over config and weights: workers pair only on equal hashes
+    vocab_size: int
+    context_tokens_max: int
+    architecture: str
+    dtype: str
+
+
+class Executor(Protocol):
+    """Runs step plans in the order submitted; several may be in flight."""
+
+    @property
+    def model(self) -> ModelInfo:
+        """The loaded model."""
+        ...
+
+    @property
+    def memory(self) -> KvMemory:
+        """The KV pool, alive and in place until ``close``."""
+        ...
+
+    def submit(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Future[StepResult]:
+        """Queue one step; never blocks.
+
+        ``on_layer`` and the future's callbacks run on the executor's own thread: they must
+        only hand over.  A failure of the whole step is the future's exception; the failure
+        of one request is in ``StepResult.faults``.
+        """
+        ...
+
+    def close(self) -> None:
+        """Finish what was submitted, then stop and free the pool.  Idempotent."""
+        ...

@@ -1,0 +1,1 @@
+"""Moving KV blocks: hand-off sessions, layer-signal buffer, the UCX agent."""

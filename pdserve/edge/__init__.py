@@ -1,0 +1,1 @@
+"""What every process does at its edge: channels, metrics, logs."""

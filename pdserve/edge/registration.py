@@ -1,0 +1,37 @@
+"""Announces a worker to the router, again and again, until the router has linked."""
+
+import asyncio
+import logging
+
+import grpc
+
+from pdserve import wire
+from pdserve.edge.routers import RouterLinks
+from pdserve.edge.rpc import CHANNEL_OPTIONS
+from pdserve.status import WorkerInfo
+from pdserve.v1 import router_service_pb2, router_service_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+SEARCH_S = 0.2  # between two announcements while there is no link
+KEEP_S = 2.0  # between two while there is one: a router that restarted has forgotten us
+CALL_S = 2.0
+
+
+async def announce(info: WorkerInfo, router_address: str, links: RouterLinks) -> None:
+    """Announce until cancelled.  A router that cannot be reached is tried again."""
+    request = router_service_pb2.RegisterRequest(worker=wire.info_to_wire(info))
+    last = ""
+    async with grpc.aio.insecure_channel(router_address, options=CHANNEL_OPTIONS) as channel:
+        stub: router_service_pb2_grpc.RouterServiceAsyncStub
+        stub = router_service_pb2_grpc.RouterServiceStub(channel)  # type: ignore[assignment]
+        while True:
+            try:
+                await stub.Register(request, timeout=CALL_S, wait_for_ready=True)
+                state = "announced to the router"
+            except grpc.aio.AioRpcError as error:
+                state = f"router at {router_address}: {error.code().name}: {error.details()}"
+            if state != last:
+                logger.info("%s", state)
+                last = state
+            await asyncio.sleep(KEEP_S if links.is_connected else SEARCH_S)

@@ -1,0 +1,59 @@
+"""``python -m prefill``: run one prefill worker."""
+
+import asyncio
+import logging
+import sys
+
+from engine.device.loading import load_executor
+from kvtransfer.transport import make_transport
+from pdserve.edge.hosting import host
+from pdserve.edge.process import load_config, log_to_stderr, new_incarnation, worker_arguments
+from pdserve.errors import PdserveError
+from prefill.worker import PrefillWorker
+
+
+def main() -> int:
+    """Load the model, then serve until told to stop."""
+    arguments = worker_arguments("prefill")
+    config = load_config(arguments)
+    log_to_stderr(arguments.name)
+    own = config.prefill
+    try:
+        executor = load_executor(
+            config.model,
+            block_tokens=config.kv.block_tokens,
+            kv_blocks=own.kv_blocks,
+            kv_bytes=own.kv_bytes,
+            sequences_max=own.sequences_max,
+            threads=own.threads,
+            step_depth=own.step_depth,
+        )
+    except PdserveError as error:
+        logging.getLogger(__name__).error("%s", error)
+        return 1
+    incarnation = new_incarnation()
+    try:
+        asyncio.run(
+            host(
+                lambda address: PrefillWorker(
+                    config,
+                    executor,
+                    make_transport(config.transfer),
+                    name=arguments.name,
+                    address=address,
+                    incarnation=incarnation,
+                ),
+                bind_host=arguments.host,
+                port=arguments.port,
+                router_address=arguments.router,
+                ready_file=arguments.ready_file,
+                drain_s=own.drain_s,
+            )
+        )
+    finally:
+        executor.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""The prefill worker: where its scheduler meets device, routers and the transfer layer.
+
+No decision is made here.  Messages become calls of the scheduler; its effects become calls
+of the links and of the sender.
+"""
+
+from time import monotonic
+
+import grpc
+
+from engine.executor import Executor
+from engine.holdings import Holdings
+from engine.loop import StepLoop
+from engine.step import StepPlan
+from kvtransfer.sender import KvSender
+from kvtransfer.transport.base import Transport
+from pdserve import wire
+from pdserve.config import ClusterConfig
+from pdserve.edge.routers import RouterLinks
+from pdserve.request import Key
+from pdserve.status import Audit, Role
+from pdserve.v1 import transfer_service_pb2_grpc, worker_service_pb2
+from prefill.effects import (
+    CancelHandoff,
+    CompleteHandoff,
+    Effect,
+    EmitToken,
+    Ended,
+    OpenHandoff,
+)
+from prefill.scheduler import PrefillScheduler
+
+
+class PrefillWorker:
+    """One prefill worker; every method runs on the asyncio thread."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        executor: Executor,
+        transport: Transport,
+        *,
+        name: str,
+        address: str,
+        incarnation: int,
+    ) -> None:
+        own = config.prefill
+        self._holdings = Holdings(executor, config.kv, config.transfer)
+        self._slots_total = own.sequences_max
+        self._scheduler = PrefillScheduler(
+            self._holdings.pool,
+            self._holdings.cache,
+            block_tokens=self._holdings.block_tokens,
+            sequences_max=own.sequences_max,
+            token_budget=own.token_budget,
+            step_depth=own.step_depth,
+            inbox_max=own.inbox_max,
+            credits=own.credits,
+            context_tokens_max=executor.model.context_tokens_max,
+            tombstones=self._holdings.tombstones,
+        )
+        self._sender = KvSender(
+            executor.memory,
+            transport,
+            worker=name,
+            incarnation=incarnation,
+            config=config.transfer,
+            handoff_s=own.handoff_s,
+            checksum=config.kv.checksum,
+            events=self,
+        )
+        self.links = RouterLinks(self)
+        self.info = self._holdings.info(
+            name=name,
+            role=Role.PREFILL,
+            address=address,
+            incarnation=incarnation,
+            sequences_max=own.sequences_max,
+        )
+        self._loop: StepLoop[Effect] = StepLoop(
+            self._scheduler,
+            executor,
+            apply=self._apply,
+            beat=self._beat,
+            beat_interval_s=config.heartbeat.interval_s,
+            on_layer=self._layer_done,
+        )
+        self.start = self._sender.start
+        self.close = self._sender.close
+        self.run = self._loop.run
+        self.stop = self._loop.stop
+
+    def add_services(self, server: grpc.aio.Server) -> None:
+        """Serve the hand-off's control plane too: decode workers dial it."""
+        transfer_service_pb2_grpc.add_TransferServiceServicer_to_server(
+            self._sender.servicer, server
+        )
+
+    # What routers ask.
+
+    def accept(self, message: worker_service_pb2.RouterMessage) -> bool:
+        """Take a submit; say whether the request is now held here."""
+        request = wire.request_from_wire(message.submit.request)
+        self._apply(
+            self._scheduler.submit(
+                request,
+                decode_worker=message.submit.decode_worker,
+                now_s=monotonic(),
+                queue_s=message.submit.queue_s_max,
+            )
+        )
+        self._loop.wake()
+        return self._scheduler.is_live(request.key)
+
+    def abort(self, key: Key) -> None:
+        """End one attempt, in whatever state it is."""
+        self._apply(self._scheduler.abort(key, monotonic()))
+        self.links.forget(key)
+        self._loop.wake()
+
+    def audit(self) -> Audit:
+        """Count everything the worker holds, and check it."""
+        return self._audit(is_checked=True)
+
+    def _audit(self, *, is_checked: bool) -> Audit:
+        return self._holdings.audit(
+            self._scheduler,
+            slots_total=self._slots_total,
+            session_counts=self._sender.session_counts,
+            pending_signal_count=self._sender.pending_signal_count,
+            undelivered_count=self.links.undelivered_count,
+            dropped=(self._sender.dropped_counts, self.links.dropped_counts),
+            is_checked=is_checked,
+        )
+
+    def flush_cache(self) -> int:
+        """Drop the prefix cache; the worker is fully idle."""
+        return self._holdings.cache.flush()
+
+    def set_draining(self, is_draining: bool) -> None:
+        """Stop, or start again, taking new requests."""
+        self._scheduler.is_draining = is_draining
+        self._loop.wake()
+
+    # What the transfer layer says.
+
+    def destination_known(self, key: Key) -> None:
+        """Give the decode worker's credit back."""
+        self._scheduler.destination_known(key)
+        self._loop.wake()
+
+    def handoff_ended(self, key: Key, error: str | None) -> None:
+        """Take the blocks back: the transfer layer reads them no more."""
+        self._apply(self._scheduler.handoff_ended(key, error))
+        self.links.forget(key)
+        self._loop.wake()
+
+    # What the loop brings.
+
+    def _layer_done(self, plan: StepPlan, layer: int) -> None:
+        for chunk in plan.chunks:
+            self._sender.layer_done(chunk.key, layer, chunk.stop)
+
+    def _apply(self, effects: tuple[Effect, ...]) -> None:
+        for effect in effects:
+            match effect:
+                case OpenHandoff(key, blocks, token_count, computed_count):
+                    self._sender.open(key, blocks, token_count, computed_count)
+                case CompleteHandoff(key, first_token):
+                    self._sender.complete(key, first_token)
+                case CancelHandoff(key):
+                    self._sender.cancel(key)
+                case EmitToken(key, index, sampled, finish):
+                    self.links.token(
+                        key,
+                        index=index,
+                        token=sampled.token,
+                        logprob=sampled.logprob,
+                        top=sampled.top,
+                        finish=finish,
+                    )
+                case Ended(key, kind, message):
+                    self.links.ended(key, 0, kind, message)
+
+    def _beat(self) -> None:
+        is_idle = self._audit(is_checked=False).is_fully_idle
+        self.links.beat(self._holdings.status(self._scheduler, self._loop, is_idle=is_idle))

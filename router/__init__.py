@@ -1,0 +1,1 @@
+"""The router: one REST endpoint over two fleets of workers."""

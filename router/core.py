@@ -1,0 +1,349 @@
+"""Joins the table of requests to the fleet, the clock, and those who ask.
+
+``RouterCore`` is what HTTP talks to: it implements ``router.api.Generator`` and ``Control``.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pdserve.config import DecodeConfig, HeartbeatConfig, RouterConfig
+from pdserve.errors import InvalidRequest, PdserveError, RemoteProtocolError, Unavailable
+from pdserve.request import FinishReason
+from pdserve.status import Role, WorkerInfo, WorkerStatus
+from pdserve.v1 import types_pb2, worker_service_pb2
+from pdserve.wire import end_kind_from_wire, finish_from_wire
+from router.api import AbortOutcome, GenerationSpec, OutputToken
+from router.fleet import Fleet
+from router.generation import LiveGeneration
+from router.journey import Journey
+from router.metrics import RouterMetrics
+from router.operations import Operations
+from router.placement import Reason, length_max
+from router.table import RequestTable
+from router.view import GONE, Change, FleetView, WorkerState
+
+TICK_S = 0.05
+LATE_S = 0.25
+
+log = logging.getLogger("pdserve.router.core")
+
+
+class RouterCore:
+    """The router without its listeners; ``open`` it, then give it to them."""
+
+    def __init__(
+        self,
+        router: RouterConfig,
+        heartbeat: HeartbeatConfig,
+        decode: DecodeConfig,
+        *,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._is_pump_due = False
+        self._refusing: tuple[str, str] | None = None
+        self._timer: asyncio.Task[None] | None = None
+        self.metrics = RouterMetrics()
+        self.metrics.watch(self)
+        self.fleet = Fleet(
+            self,
+            host=router.grpc_host,
+            port=router.grpc_port,
+            incarnation=secrets.randbits(64),
+        )
+        self.view = FleetView(heartbeat)
+        self.table = RequestTable(
+            router,
+            decode,
+            self.view,
+            send=self.fleet.send,
+            pump_soon=self._pump_soon,
+            metrics=self.metrics,
+            rng=rng or random.Random(secrets.randbits(64)),
+        )
+        self._operations = Operations(self, pause_s=router.pause_s, clock=clock)
+
+    # Life.
+
+    async def open(self) -> str:
+        """Listen for workers; return the address they register at."""
+        address = await self.fleet.start()
+        self._timer = asyncio.create_task(self._tick_for_ever(), name="router timer")
+        return address
+
+    def end_all(self) -> None:
+        """Let nobody in, and end every request with an error.  Idempotent."""
+        self.refuse("shutting down", "draining")
+        fault = Unavailable("the router is shutting down", reason="draining")
+        self.table.step_all(Journey.fail, fault, now_s=self._clock())
+
+    async def close(self) -> None:
+        """End every request, then every link.  Idempotent."""
+        self.end_all()
+        if self._timer is not None:
+            self._timer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._timer
+            self._timer = None
+        await self.fleet.close()
+
+    async def _tick_for_ever(self) -> None:
+        last_s = self._clock()
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                now_s = self._clock()
+                late_s = now_s - last_s - TICK_S
+                last_s = now_s
+                if late_s > LATE_S:
+                    # This very loop stood still: the heartbeats lie unread before us.
+                    log.warning("event=router_stood_still for_s=%.2f", late_s)
+                    self.view.excuse(late_s, now_s)
+                self._follow(self.view.tick(now_s))
+                self.table.tick(now_s)
+            except Exception:
+                log.exception("event=tick_failed")
+
+    def _pump_soon(self) -> None:
+        if not self._is_pump_due:
+            self._is_pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._is_pump_due = False
+        self.table.pump(self._clock())
+
+    # Generator.
+
+    def start(self, spec: GenerationSpec) -> LiveGeneration:
+        """Admit one sequence; raises what ``router.api.Generator`` says."""
+        try:
+            self._require_open()
+            return self.table.admit(self._clipped(spec), self.stop, self._clock())
+        except PdserveError as error:
+            self.metrics.refusals.labels(error.reason).inc()
+            raise
+
+    @property
+    def is_ready(self) -> str | None:
+        """None when requests can be served, else the reason they cannot."""
+        try:
+            self._require_open()
+        except Unavailable as error:
+            return error.message
+        return None
+
+    @property
+    def context_tokens_max(self) -> int:
+        """Longest prompt plus output a ready pair can hold; 0 while there is none."""
+        ready = self.view.ready()
+        return min(
+            max((length_max(info) for info in ready if info.role is role), default=0)
+            for role in Role
+        )
+
+    def _require_open(self) -> None:
+        if self._refusing is not None:
+            why, reason = self._refusing
+            raise Unavailable(f"the router is {why}", reason=reason, retry_after_s=1)
+        kinds: dict[Role, set[tuple[str, str]]] = {role: set() for role in Role}
+        for info in self.view.ready():
+            kinds[info.role].add((info.model_hash, info.kv_layout_hash))
+        if not kinds[Role.PREFILL]:
+            reason = Reason.NO_PREFILL.value
+        elif not kinds[Role.DECODE]:
+            reason = Reason.NO_DECODE.value
+        elif not kinds[Role.PREFILL] & kinds[Role.DECODE]:
+            reason = Reason.NO_MATCH.value
+        else:
+            return
+        raise Unavailable(reason.replace("_", " "), reason=reason, retry_after_s=1)
+
+    def _clipped(self, spec: GenerationSpec) -> GenerationSpec:
+        """Hold a request to what the workers can hold; output beyond it ends with LENGTH."""
+        limit = self.context_tokens_max
+        room = limit - len(spec.prompt)
+        if room < 1:
+            raise InvalidRequest(
+                f"the prompt has {len(spec.prompt)} tokens; wanted fewer than {limit}, which is "
+                "what the workers hold of prompt and output",
+                param="prompt",
+                reason=Reason.TOO_LONG.value,
+            )
+        if spec.output_tokens_max <= room:
+            return spec
+        output_tokens_min = min(spec.output_tokens_min, room)
+        return replace(spec, output_tokens_max=room, output_tokens_min=output_tokens_min)
+
+    # What generations and operations ask.
+
+    def stop(self, request_id: str, reason: FinishReason, why: str) -> bool:
+        """End a request with what it has emitted; False when it is not alive."""
+        return self.table.step(request_id, Journey.stop, reason, why, now_s=self._clock())
+
+    def refuse(self, why: str, reason: str) -> None:
+        """Let nobody in from now on."""
+        self._refusing = (why, reason)
+
+    def accept(self) -> None:
+        """Let requests in again."""
+        self._refusing = None
+
+    # Gauges.
+
+    @property
+    def queue_depth(self) -> int:
+        """Requests waiting for workers."""
+        return len(self.table.admission)
+
+    @property
+    def inflight_count(self) -> int:
+        """Requests at workers."""
+        return self.table.admission.inflight_count
+
+    @property
+    def emitted_count(self) -> int:
+        """Tokens handed to users so far."""
+        return self.table.emitted_count
+
+    @property
+    def dropped_counts(self) -> Mapping[str, int]:
+        """Messages of workers refused so far, by cause."""
+        return self.table.dropped
+
+    def worker_states(self) -> Mapping[tuple[str, str], int]:
+        """Count the workers by role and state."""
+        beliefs = self.view.beliefs.values()
+        return Counter((belief.info.role.value, belief.state.value) for belief in beliefs)
+
+    # What the fleet says.
+
+    def refusal(self, info: WorkerInfo) -> str | None:
+        """Say why a worker may not join: one endpoint serves one model."""
+        for name, belief in self.view.beliefs.items():
+            ours = belief.info.model_hash
+            if name != info.name and belief.is_linked and info.model_hash != ours:
+                seen = info.model_hash or "(none)"
+                return f"{info.name} holds model {seen}; wanted {ours}, as {name} has"
+        return None
+
+    def linked(self, info: WorkerInfo) -> None:
+        """Note a new link."""
+        self._follow(self.view.linked(info, self._clock()))
+
+    def heard(self, name: str, status: WorkerStatus) -> None:
+        """Take a heartbeat."""
+        self._follow(self.view.heard(name, status, self._clock()))
+
+    def lost(self, name: str, why: str) -> None:
+        """Note the end of a link: whatever was there is resumed, now."""
+        log.warning("event=link_lost worker=%s why=%r", name, why)
+        self._follow(self.view.lost(name, self._clock()))
+
+    def forgotten(self, name: str) -> None:
+        """Strike a worker that does not come back."""
+        log.info("event=worker_forgotten worker=%s", name)
+        self.view.forget(name)
+
+    def output(self, name: str, output: worker_service_pb2.StepOutput) -> None:
+        """Take what happened to requests at a worker since its last message."""
+        now_s = self._clock()
+        self.view.spoke(name, now_s)
+        # In this order: a token may be the last one, and nothing follows an end.
+        for landed in output.landed:
+            self._step(Journey.landed, name, landed.key, landed.epoch, now_s=now_s)
+        for token in output.tokens:
+            finish = finish_from_wire(token.finish_reason)
+            self._step(Journey.token, name, token.key, _token_from_wire(token), finish, now_s=now_s)
+        for ended in output.ended:
+            try:
+                kind = end_kind_from_wire(ended.kind)
+            except RemoteProtocolError as error:
+                log.error("event=message_ignored worker=%s why=%r", name, str(error))
+                continue
+            self._step(
+                Journey.leg_ended, name, ended.key, kind, ended.epoch, ended.message, now_s=now_s
+            )
+
+    def _step(
+        self,
+        method: Callable[..., Any],
+        name: str,
+        key: types_pb2.RequestKey,
+        *facts: object,
+        now_s: float,
+    ) -> None:
+        if not self.table.step(key.request_id, method, name, key.attempt, *facts, now_s=now_s):
+            self.table.dropped["unknown"] += 1
+
+    def _follow(self, changes: Sequence[Change]) -> None:
+        """Do what a worker's new state asks for."""
+        for change in changes:
+            before = change.before.value if change.before else "unknown"
+            log.info(
+                "event=worker_state worker=%s before=%s after=%s",
+                change.name,
+                before,
+                change.after.value,
+            )
+            if change.after in GONE:
+                self.table.step_all(Journey.worker_lost, change.name, now_s=self._clock())
+            if change.after is WorkerState.READY:
+                self._pump_soon()
+
+    # Control.
+
+    def workers(self) -> Sequence[Mapping[str, Any]]:
+        """List the workers with identity, state, blocks and request counts."""
+        return self._operations.workers()
+
+    def requests(self) -> Sequence[Mapping[str, Any]]:
+        """List live requests, oldest first."""
+        now_s = self._clock()
+        return [journey.describe(now_s) for journey in self.table.live.values()]
+
+    def request(self, request_id: str) -> Mapping[str, Any] | None:
+        """Describe one request, live or recently ended."""
+        journey = self.table.live.get(request_id)
+        if journey is not None:
+            return journey.describe(self._clock())
+        return self.table.ended.get(request_id)
+
+    async def audit(self) -> Mapping[str, Any]:
+        """Count everything everywhere (V6)."""
+        return await self._operations.audit()
+
+    def abort(self, request_ids: Sequence[str] | None) -> AbortOutcome:
+        """End requests with their partial output; None ends all (V8)."""
+        return self._operations.abort(request_ids)
+
+    async def pause(self) -> Mapping[str, Any]:
+        """Refuse new, abort all with partial results, wait for idle, bounded (V9)."""
+        return await self._operations.pause()
+
+    async def resume(self) -> Mapping[str, Any]:
+        """Take requests again.  Idempotent."""
+        return await self._operations.resume()
+
+    @property
+    def is_paused(self) -> bool:
+        """True only when paused and idle."""
+        return self._operations.is_paused
+
+    async def flush_cache(self, timeout_s: float) -> Mapping[str, Any]:
+        """Drop every prefix cache; raises ``Conflict`` naming what is in flight."""
+        return await self._operations.flush_cache(timeout_s)
+
+
+def _token_from_wire(token: types_pb2.Token) -> OutputToken:
+    top = tuple((each.token, each.logprob) for each in token.top) if token.top else ()
+    return OutputToken(token.index, token.token, token.logprob, top)
