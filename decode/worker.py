@@ -4,7 +4,8 @@ No decision is made here.  Messages become calls of the scheduler; its effects b
 of the links and of the receiver.
 """
 
-from time import monotonic
+import asyncio
+from collections.abc import Awaitable, Callable
 
 import grpc
 
@@ -26,6 +27,8 @@ from kvtransfer.transport.base import Transport
 from pdserve import wire
 from pdserve.config import ClusterConfig
 from pdserve.edge.routers import RouterLinks
+from pdserve.edge.rpc import GRPC, Network
+from pdserve.errors import Conflict
 from pdserve.request import Key
 from pdserve.status import Audit, Role
 from pdserve.v1 import worker_service_pb2
@@ -43,6 +46,8 @@ class DecodeWorker:
         name: str,
         address: str,
         incarnation: int,
+        network: Network = GRPC,
+        pace: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         own = config.decode
         self._holdings = Holdings(executor, config.kv, config.transfer)
@@ -67,6 +72,7 @@ class DecodeWorker:
             config=config.transfer,
             checksum=config.kv.checksum,
             events=self,
+            network=network,
         )
         self.links = RouterLinks(self)
         self.info = self._holdings.info(
@@ -75,6 +81,7 @@ class DecodeWorker:
             address=address,
             incarnation=incarnation,
             sequences_max=own.sequences_max,
+            is_test_build=config.test.enabled,
         )
         self._loop: StepLoop[Effect] = StepLoop(
             self._scheduler,
@@ -82,6 +89,7 @@ class DecodeWorker:
             apply=self._apply,
             beat=self._beat,
             beat_interval_s=config.heartbeat.interval_s,
+            pace=pace,
         )
         self.start = self._receiver.start
         self.close = self._receiver.close
@@ -107,7 +115,7 @@ class DecodeWorker:
                 request,
                 epoch=reserve.epoch,
                 source=source,
-                now_s=monotonic(),
+                now_s=_now_s(),
                 reserve_s=reserve.reserve_s_max,
                 landing_s=reserve.landing_s_max,
             )
@@ -117,7 +125,7 @@ class DecodeWorker:
 
     def abort(self, key: Key) -> None:
         """End one attempt, in whatever state it is."""
-        self._apply(self._scheduler.abort(key, monotonic()))
+        self._apply(self._scheduler.abort(key, _now_s()))
         self.links.forget(key)
         self._loop.wake()
 
@@ -145,18 +153,36 @@ class DecodeWorker:
         self._scheduler.is_draining = is_draining
         self._loop.wake()
 
+    async def set_held(self, is_held: bool) -> None:
+        """Stop planning steps and wait for those on the device; or go on where it stood."""
+        if is_held:
+            await self._loop.hold()
+        else:
+            self._loop.release()
+
+    async def prepare_weights(self, path: str) -> str:
+        """Load a model folder beside the one in use; return its hash."""
+        raise Conflict(f"{self.info.name} cannot change its weights")
+
+    def commit_weights(self, model_hash: str) -> None:
+        """Use what was prepared and drop the prefix cache; the worker is fully idle."""
+        raise Conflict(f"{self.info.name} cannot change its weights")
+
+    def discard_weights(self) -> None:
+        """Forget what was prepared.  Idempotent."""
+
     # What the transfer layer says.
 
     def landed(self, key: Key, epoch: int, first_token: int) -> None:
         """Run it: its KV is complete."""
-        self._apply(self._scheduler.landed(key, epoch, first_token, monotonic()))
+        self._apply(self._scheduler.landed(key, epoch, first_token, _now_s()))
         if not self._scheduler.is_live(key):  # it ended with its first token, which prefill told
             self.links.forget(key)
         self._loop.wake()
 
     def handoff_failed(self, key: Key, epoch: int, message: str) -> None:
         """Give it up here; the router resumes it."""
-        self._apply(self._scheduler.handoff_failed(key, epoch, message, monotonic()))
+        self._apply(self._scheduler.handoff_failed(key, epoch, message, _now_s()))
         self._loop.wake()
 
     def handoff_safe(self, key: Key, epoch: int) -> None:
@@ -201,3 +227,7 @@ class DecodeWorker:
     def _beat(self) -> None:
         is_idle = self._audit(is_checked=False).is_fully_idle
         self.links.beat(self._holdings.status(self._scheduler, self._loop, is_idle=is_idle))
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

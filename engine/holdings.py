@@ -57,7 +57,14 @@ class Holdings:
         self.tombstones = Tombstones(transfer.tombstones_max, transfer.tombstone_s)
 
     def info(
-        self, *, name: str, role: Role, address: str, incarnation: int, sequences_max: int
+        self,
+        *,
+        name: str,
+        role: Role,
+        address: str,
+        incarnation: int,
+        sequences_max: int,
+        is_test_build: bool,
     ) -> WorkerInfo:
         """Describe the worker that holds this."""
         return WorkerInfo(
@@ -74,6 +81,7 @@ class Holdings:
             block_count=self.memory.block_count,
             sequence_count_max=sequences_max,
             context_tokens_max=self.model.context_tokens_max,
+            is_test_build=is_test_build,
         )
 
     def status(
@@ -89,6 +97,7 @@ class Holdings:
             blocks=self.pool.counts,
             is_draining=scheduler.is_draining,
             is_idle=is_idle,
+            is_held=loop.is_held,
         )
 
     def audit(

@@ -8,7 +8,7 @@ import asyncio
 import hmac
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +41,7 @@ from kvtransfer.receiver_session import (
 from kvtransfer.transport.base import Transport
 from pdserve import wire
 from pdserve.config import TransferConfig
+from pdserve.edge.rpc import GRPC, Network
 from pdserve.errors import RemoteProtocolError
 from pdserve.layout import KvMemory
 from pdserve.request import Key
@@ -85,6 +86,7 @@ class KvReceiver:
         config: TransferConfig,
         checksum: bool,
         events: ReceiverEvents,
+        network: Network = GRPC,
     ) -> None:
         del config  # nothing here waits for a set time: only proof makes a block safe
         self._memory = memory
@@ -92,6 +94,7 @@ class KvReceiver:
         self._worker = worker
         self._incarnation = incarnation
         self._events = events
+        self._network = network
         self._handoffs: dict[tuple[Key, int], _Handoff] = {}
         self._links: dict[str, SourceLink] = {}
         self._up: dict[str, Connection] = {}
@@ -260,6 +263,7 @@ class KvReceiver:
                 self._transport,
                 worker=self._worker,
                 incarnation=self._incarnation,
+                network=self._network,
             )
         return self._links[address]
 
@@ -329,10 +333,8 @@ class KvReceiver:
         session = handoff.session
         pieces = session.blocks[session.held_count :]
 
-        def hashed(future: Future[int]) -> None:
-            self._loop.call_soon_threadsafe(self._compare, handoff, future.result())
-
-        self._hasher.submit(checksum, self._memory, pieces).add_done_callback(hashed)
+        hashing = self._loop.run_in_executor(self._hasher, checksum, self._memory, pieces)
+        hashing.add_done_callback(lambda done: self._compare(handoff, done.result()))
 
     def _compare(self, handoff: _Handoff, seen: int) -> None:
         if handoff.session.state is not State.VERIFYING:

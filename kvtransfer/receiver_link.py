@@ -15,7 +15,7 @@ from kvtransfer.hello import HELLO_S, decode_hello, mismatch
 from kvtransfer.host import Process, host_id
 from kvtransfer.transport.base import Endpoint, Transport
 from pdserve.edge.process import report_bug
-from pdserve.edge.rpc import CHANNEL_OPTIONS, fault_of
+from pdserve.edge.rpc import Network, fault_of
 from pdserve.errors import PdserveError, PeerLost, RemoteProtocolError
 from pdserve.layout import KvMemory
 from pdserve.v1 import transfer_service_pb2, transfer_service_pb2_grpc
@@ -159,6 +159,7 @@ class SourceLink:
         *,
         worker: str,
         incarnation: int,
+        network: Network,
     ) -> None:
         self.address = address
         self._owner = owner
@@ -167,6 +168,7 @@ class SourceLink:
         self._transport = transport
         self._worker = worker
         self._incarnation = incarnation
+        self._network = network
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -189,7 +191,7 @@ class SourceLink:
     async def _run(self) -> None:
         backoff_s = BACKOFF_FIRST_S
         while self._owner.is_needed(self.address):
-            async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            async with self._network.channel(self.address) as channel:
                 was_up, because = await self._connect_and_serve(channel)
             if was_up:
                 backoff_s = BACKOFF_FIRST_S

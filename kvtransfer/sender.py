@@ -7,7 +7,7 @@ queued, so none arrives inside the call that caused it.
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -430,9 +430,6 @@ class KvSender:
             send(None)
             return
 
-        def hashed(future: Future[int]) -> None:
-            self._loop.call_soon_threadsafe(send_if_wanted, future.result())
-
         def send_if_wanted(value: int) -> None:
             if session.is_landing(destination.epoch):
                 send(value)
@@ -440,7 +437,8 @@ class KvSender:
                 self._sent(handoff, "given up before it was sent")
 
         pieces = session.blocks[destination.held_count :]
-        self._hasher.submit(checksum, self._memory, pieces).add_done_callback(hashed)
+        hashing = self._loop.run_in_executor(self._hasher, checksum, self._memory, pieces)
+        hashing.add_done_callback(lambda done: send_if_wanted(done.result()))
 
     def _forget(self, handoff: _Handoff) -> None:
         key = handoff.session.key

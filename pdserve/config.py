@@ -143,6 +143,12 @@ class RouterConfig:
     client_stall_s: float = setting(
         30.0, "A client that reads nothing for so long is cut off", unit="s", low=1, high=3600
     )
+    idempotency_s: float = setting(
+        60.0, "How long an answer is kept for its Idempotency-Key", unit="s", low=0, high=3600
+    )
+    idempotency_max: int = setting(
+        1024, "Answers kept for their Idempotency-Key", low=0, high=1 << 20
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +196,37 @@ class HeartbeatConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseConfig:
+    """Requests whose client or router is gone, but may come back."""
+
+    router_s: float = setting(
+        5.0, "Workers keep requests whose router is gone", unit="s", low=0, high=600
+    )
+    client_s: float = setting(
+        5.0,
+        "The router keeps a request with an Idempotency-Key whose client is gone",
+        unit="s",
+        low=0,
+        high=600,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryConfig:
+    """The event history, for finding out what happened."""
+
+    path: str = setting("", "Folder in which each process writes its events; empty writes none")
+
+
+@dataclass(frozen=True, slots=True)
+class TestConfig:
+    """Faults on purpose; never in production."""
+
+    enabled: bool = setting(False, "Allow failpoints; such workers join only such a router")
+    failpoints: str = setting("", "Failpoints set from the start; see docs/failpoints.md")
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterConfig:
     """A whole cluster: one table of cluster.toml per field."""
 
@@ -200,8 +237,16 @@ class ClusterConfig:
     router: RouterConfig = RouterConfig()
     transfer: TransferConfig = TransferConfig()
     heartbeat: HeartbeatConfig = HeartbeatConfig()
+    lease: LeaseConfig = LeaseConfig()
+    history: HistoryConfig = HistoryConfig()
+    test: TestConfig = TestConfig()
 
     def __post_init__(self) -> None:
+        if self.test.failpoints and not self.test.enabled:
+            raise InvalidConfig(
+                f"test.failpoints is {self.test.failpoints!r}, but test.enabled is false; "
+                "failpoints are for tests only"
+            )
         beat = self.heartbeat
         if not beat.interval_s < beat.suspect_s <= beat.dead_s:
             raise InvalidConfig(

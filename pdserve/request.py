@@ -96,6 +96,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: bytes = b""
     traceparent: str = ""
+    idempotency: bytes = b""
 
     def __post_init__(self) -> None:
         _require(bool(self.prompt), "prompt", "empty", "at least one token")

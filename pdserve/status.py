@@ -52,6 +52,7 @@ class WorkerInfo:
     block_count: int
     sequence_count_max: int
     context_tokens_max: int
+    is_test_build: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class WorkerStatus:
     blocks: BlockCounts = BlockCounts()
     is_draining: bool = False
     is_idle: bool = True
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,7 @@ def request_to_wire(request: Request) -> types_pb2.Request:
         ),
         cache_salt=request.cache_salt,
         traceparent=request.traceparent,
+        idempotency=request.idempotency,
     )
 
 
@@ -134,6 +135,7 @@ def request_from_wire(message: types_pb2.Request) -> Request:
         ),
         cache_salt=message.cache_salt,
         traceparent=message.traceparent,
+        idempotency=message.idempotency,
     )
 
 
@@ -153,6 +155,7 @@ def info_to_wire(info: WorkerInfo) -> types_pb2.WorkerInfo:
         block_count=info.block_count,
         sequence_count_max=info.sequence_count_max,
         context_tokens_max=info.context_tokens_max,
+        test_build=info.is_test_build,
     )
 
 
@@ -181,6 +184,7 @@ def info_from_wire(message: types_pb2.WorkerInfo) -> WorkerInfo:
         block_count=message.block_count,
         sequence_count_max=message.sequence_count_max,
         context_tokens_max=message.context_tokens_max,
+        is_test_build=message.test_build,
     )
 
 
@@ -219,6 +223,7 @@ def status_to_wire(status: WorkerStatus) -> types_pb2.WorkerStatus:
         blocks=blocks_to_wire(status.blocks),
         draining=status.is_draining,
         idle=status.is_idle,
+        held=status.is_held,
     )
 
 
@@ -233,6 +238,7 @@ def status_from_wire(message: types_pb2.WorkerStatus) -> WorkerStatus:
         blocks=blocks_from_wire(message.blocks),
         is_draining=message.draining,
         is_idle=message.idle,
+        is_held=message.held,
     )
 
 

@@ -4,7 +4,8 @@ No decision is made here.  Messages become calls of the scheduler; its effects b
 of the links and of the sender.
 """
 
-from time import monotonic
+import asyncio
+from collections.abc import Awaitable, Callable
 
 import grpc
 
@@ -17,6 +18,7 @@ from kvtransfer.transport.base import Transport
 from pdserve import wire
 from pdserve.config import ClusterConfig
 from pdserve.edge.routers import RouterLinks
+from pdserve.errors import Conflict
 from pdserve.request import Key
 from pdserve.status import Audit, Role
 from pdserve.v1 import transfer_service_pb2_grpc, worker_service_pb2
@@ -43,6 +45,7 @@ class PrefillWorker:
         name: str,
         address: str,
         incarnation: int,
+        pace: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         own = config.prefill
         self._holdings = Holdings(executor, config.kv, config.transfer)
@@ -76,6 +79,7 @@ class PrefillWorker:
             address=address,
             incarnation=incarnation,
             sequences_max=own.sequences_max,
+            is_test_build=config.test.enabled,
         )
         self._loop: StepLoop[Effect] = StepLoop(
             self._scheduler,
@@ -83,6 +87,7 @@ class PrefillWorker:
             apply=self._apply,
             beat=self._beat,
             beat_interval_s=config.heartbeat.interval_s,
+            pace=pace,
             on_layer=self._layer_done,
         )
         self.start = self._sender.start
@@ -105,7 +110,7 @@ class PrefillWorker:
             self._scheduler.submit(
                 request,
                 decode_worker=message.submit.decode_worker,
-                now_s=monotonic(),
+                now_s=_now_s(),
                 queue_s=message.submit.queue_s_max,
             )
         )
@@ -114,7 +119,7 @@ class PrefillWorker:
 
     def abort(self, key: Key) -> None:
         """End one attempt, in whatever state it is."""
-        self._apply(self._scheduler.abort(key, monotonic()))
+        self._apply(self._scheduler.abort(key, _now_s()))
         self.links.forget(key)
         self._loop.wake()
 
@@ -141,6 +146,24 @@ class PrefillWorker:
         """Stop, or start again, taking new requests."""
         self._scheduler.is_draining = is_draining
         self._loop.wake()
+
+    async def set_held(self, is_held: bool) -> None:
+        """Stop planning steps and wait for those on the device; or go on where it stood."""
+        if is_held:
+            await self._loop.hold()
+        else:
+            self._loop.release()
+
+    async def prepare_weights(self, path: str) -> str:
+        """Load a model folder beside the one in use; return its hash."""
+        raise Conflict(f"{self.info.name} cannot change its weights")
+
+    def commit_weights(self, model_hash: str) -> None:
+        """Use what was prepared and drop the prefix cache; the worker is fully idle."""
+        raise Conflict(f"{self.info.name} cannot change its weights")
+
+    def discard_weights(self) -> None:
+        """Forget what was prepared.  Idempotent."""
 
     # What the transfer layer says.
 
@@ -185,3 +208,7 @@ class PrefillWorker:
     def _beat(self) -> None:
         is_idle = self._audit(is_checked=False).is_fully_idle
         self.links.beat(self._holdings.status(self._scheduler, self._loop, is_idle=is_idle))
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

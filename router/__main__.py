@@ -22,7 +22,13 @@ async def serve(config: ClusterConfig, ready_file: Path | None) -> None:
     """Serve until told to stop; then end what is in flight, within a bounded time."""
     stopped = stop_signal()
     model = ModelFolder.load(config.model.path, config.model.name)
-    core = RouterCore(config.router, config.heartbeat, config.decode)
+    core = RouterCore(
+        config.router,
+        config.heartbeat,
+        config.decode,
+        lease=config.lease,
+        is_test_build=config.test.enabled,
+    )
     listeners = Listeners(core, core, config.router, model, core.metrics.registry)
     try:
         grpc_address = await core.open()

@@ -8,13 +8,13 @@ import contextlib
 import logging
 import random
 import secrets
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pdserve.config import DecodeConfig, HeartbeatConfig, RouterConfig
+from pdserve.config import DecodeConfig, HeartbeatConfig, LeaseConfig, RouterConfig
+from pdserve.edge.rpc import GRPC, Network
 from pdserve.errors import InvalidRequest, PdserveError, RemoteProtocolError, Unavailable
 from pdserve.request import FinishReason
 from pdserve.status import Role, WorkerInfo, WorkerStatus
@@ -45,10 +45,14 @@ class RouterCore:
         heartbeat: HeartbeatConfig,
         decode: DecodeConfig,
         *,
+        lease: LeaseConfig | None = None,
+        is_test_build: bool = False,
         rng: random.Random | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        network: Network = GRPC,
     ) -> None:
-        self._clock = clock
+        self._lease = lease or LeaseConfig()
+        self._is_test_build = is_test_build
+        rng = rng or secrets.SystemRandom()  # request ids are made of it: nobody may guess one
         self._is_pump_due = False
         self._refusing: tuple[str, str] | None = None
         self._timer: asyncio.Task[None] | None = None
@@ -58,7 +62,8 @@ class RouterCore:
             self,
             host=router.grpc_host,
             port=router.grpc_port,
-            incarnation=secrets.randbits(64),
+            incarnation=rng.getrandbits(64),
+            network=network,
         )
         self.view = FleetView(heartbeat)
         self.table = RequestTable(
@@ -68,9 +73,9 @@ class RouterCore:
             send=self.fleet.send,
             pump_soon=self._pump_soon,
             metrics=self.metrics,
-            rng=rng or random.Random(secrets.randbits(64)),
+            rng=rng,
         )
-        self._operations = Operations(self, pause_s=router.pause_s, clock=clock)
+        self._operations = Operations(self, pause_s=router.pause_s, clock=_now_s)
 
     # Life.
 
@@ -84,7 +89,7 @@ class RouterCore:
         """Let nobody in, and end every request with an error.  Idempotent."""
         self.refuse("shutting down", "draining")
         fault = Unavailable("the router is shutting down", reason="draining")
-        self.table.step_all(Journey.fail, fault, now_s=self._clock())
+        self.table.step_all(Journey.fail, fault, now_s=_now_s())
 
     async def close(self) -> None:
         """End every request, then every link.  Idempotent."""
@@ -97,11 +102,11 @@ class RouterCore:
         await self.fleet.close()
 
     async def _tick_for_ever(self) -> None:
-        last_s = self._clock()
+        last_s = _now_s()
         while True:
             await asyncio.sleep(TICK_S)
             try:
-                now_s = self._clock()
+                now_s = _now_s()
                 late_s = now_s - last_s - TICK_S
                 last_s = now_s
                 if late_s > LATE_S:
@@ -120,7 +125,7 @@ class RouterCore:
 
     def _pump(self) -> None:
         self._is_pump_due = False
-        self.table.pump(self._clock())
+        self.table.pump(_now_s())
 
     # Generator.
 
@@ -128,7 +133,7 @@ class RouterCore:
         """Admit one sequence; raises what ``router.api.Generator`` says."""
         try:
             self._require_open()
-            return self.table.admit(self._clipped(spec), self.stop, self._clock())
+            return self.table.admit(self._clipped(spec), self.stop, _now_s())
         except PdserveError as error:
             self.metrics.refusals.labels(error.reason).inc()
             raise
@@ -188,7 +193,7 @@ class RouterCore:
 
     def stop(self, request_id: str, reason: FinishReason, why: str) -> bool:
         """End a request with what it has emitted; False when it is not alive."""
-        return self.table.step(request_id, Journey.stop, reason, why, now_s=self._clock())
+        return self.table.step(request_id, Journey.stop, reason, why, now_s=_now_s())
 
     def refuse(self, why: str, reason: str) -> None:
         """Let nobody in from now on."""
@@ -238,16 +243,16 @@ class RouterCore:
 
     def linked(self, info: WorkerInfo) -> None:
         """Note a new link."""
-        self._follow(self.view.linked(info, self._clock()))
+        self._follow(self.view.linked(info, _now_s()))
 
     def heard(self, name: str, status: WorkerStatus) -> None:
         """Take a heartbeat."""
-        self._follow(self.view.heard(name, status, self._clock()))
+        self._follow(self.view.heard(name, status, _now_s()))
 
     def lost(self, name: str, why: str) -> None:
         """Note the end of a link: whatever was there is resumed, now."""
         log.warning("event=link_lost worker=%s why=%r", name, why)
-        self._follow(self.view.lost(name, self._clock()))
+        self._follow(self.view.lost(name, _now_s()))
 
     def forgotten(self, name: str) -> None:
         """Strike a worker that does not come back."""
@@ -256,7 +261,7 @@ class RouterCore:
 
     def output(self, name: str, output: worker_service_pb2.StepOutput) -> None:
         """Take what happened to requests at a worker since its last message."""
-        now_s = self._clock()
+        now_s = _now_s()
         self.view.spoke(name, now_s)
         # In this order: a token may be the last one, and nothing follows an end.
         for landed in output.landed:
@@ -296,7 +301,7 @@ class RouterCore:
                 change.after.value,
             )
             if change.after in GONE:
-                self.table.step_all(Journey.worker_lost, change.name, now_s=self._clock())
+                self.table.step_all(Journey.worker_lost, change.name, now_s=_now_s())
             if change.after is WorkerState.READY:
                 self._pump_soon()
 
@@ -308,14 +313,14 @@ class RouterCore:
 
     def requests(self) -> Sequence[Mapping[str, Any]]:
         """List live requests, oldest first."""
-        now_s = self._clock()
+        now_s = _now_s()
         return [journey.describe(now_s) for journey in self.table.live.values()]
 
     def request(self, request_id: str) -> Mapping[str, Any] | None:
         """Describe one request, live or recently ended."""
         journey = self.table.live.get(request_id)
         if journey is not None:
-            return journey.describe(self._clock())
+            return journey.describe(_now_s())
         return self.table.ended.get(request_id)
 
     async def audit(self) -> Mapping[str, Any]:
@@ -347,3 +352,7 @@ class RouterCore:
 def _token_from_wire(token: types_pb2.Token) -> OutputToken:
     top = tuple((each.token, each.logprob) for each in token.top) if token.top else ()
     return OutputToken(token.index, token.token, token.logprob, top)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import grpc
 
 from pdserve import __version__
-from pdserve.edge.rpc import CHANNEL_OPTIONS, SERVER_OPTIONS, fault_of
+from pdserve.edge.rpc import GRPC, Network, fault_of
 from pdserve.errors import InvalidConfig, PdserveError, PeerLost, RemoteProtocolError
 from pdserve.status import Audit, WorkerInfo, WorkerStatus
 from pdserve.v1 import (
@@ -67,7 +67,12 @@ class _Peer:
     """One worker: dialled again and again until it is forgotten."""
 
     def __init__(
-        self, info: WorkerInfo, incarnation: int, events: FleetEvents, forget_s: float
+        self,
+        info: WorkerInfo,
+        incarnation: int,
+        events: FleetEvents,
+        forget_s: float,
+        network: Network,
     ) -> None:
         self.info = info  # of the present link, or the last one
         self.is_linked = False
@@ -76,6 +81,7 @@ class _Peer:
         self._incarnation = incarnation
         self._events = events
         self._forget_s = forget_s
+        self._network = network
         self._outbox: asyncio.Queue[worker_service_pb2.RouterMessage] = asyncio.Queue(OUTBOX_MAX)
         self._cut = asyncio.Event()
         self._knock = asyncio.Event()
@@ -127,7 +133,7 @@ class _Peer:
     async def _link(self) -> tuple[str, bool]:
         """Hold one link from dial to end; return why it ended and whether it ever stood."""
         wanted = self._wanted
-        channel = grpc.aio.insecure_channel(wanted.address, options=CHANNEL_OPTIONS)
+        channel = self._network.channel(wanted.address)
         why = "closed here"
         was_linked = False
         try:
@@ -236,15 +242,17 @@ class Fleet(router_service_pb2_grpc.RouterServiceServicer):
         port: int,
         incarnation: int,
         forget_s: float = FORGET_S,
+        network: Network = GRPC,
     ) -> None:
         self._events = events
         self._host = host
         self._port = port
         self._incarnation = incarnation
         self._forget_s = forget_s
+        self._network = network
         self._peers: dict[str, _Peer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = network.server()
 
     async def start(self) -> str:
         """Listen for registrations; return the address, host:port."""
@@ -283,7 +291,7 @@ class Fleet(router_service_pb2_grpc.RouterServiceServicer):
         peer = self._peers.get(info.name)
         if peer is None:
             peer = self._peers[info.name] = _Peer(
-                info, self._incarnation, self._events, self._forget_s
+                info, self._incarnation, self._events, self._forget_s, self._network
             )
             self._tasks[info.name] = asyncio.create_task(
                 self._run(info.name, peer), name=f"link {info.name}"

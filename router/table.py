@@ -7,7 +7,6 @@ two awaits, so the table needs no lock.
 
 import logging
 import random
-import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -109,7 +108,7 @@ class RequestTable:
         """Let a request in; raises ``Rejected`` when there is no room for more."""
         limit_s = self._config.request_s
         lifetime_s = limit_s if spec.deadline_s is None else min(spec.deadline_s, limit_s)
-        request_id = secrets.token_hex(16)
+        request_id = f"{self._rng.getrandbits(128):032x}"
         journey = Journey(
             request_id,
             spec,

@@ -11,7 +11,7 @@ import grpc
 from pdserve.edge.process import bug_report, stop_signal, write_ready_file
 from pdserve.edge.registration import announce
 from pdserve.edge.routers import RouterLinks, Worker
-from pdserve.edge.rpc import SERVER_OPTIONS
+from pdserve.edge.rpc import GRPC
 from pdserve.v1 import worker_service_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ async def host(
     """Run the worker that ``build(address)`` makes until SIGTERM, SIGINT or its own failure."""
     stopping = stop_signal()
     bug = bug_report()
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = GRPC.server()
     bound_port = server.add_insecure_port(f"{bind_host}:{port}")
     worker = build(f"{bind_host}:{bound_port}")
     worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(worker.links, server)

@@ -7,7 +7,7 @@ import grpc
 
 from pdserve import wire
 from pdserve.edge.routers import RouterLinks
-from pdserve.edge.rpc import CHANNEL_OPTIONS
+from pdserve.edge.rpc import GRPC, Network
 from pdserve.status import WorkerInfo
 from pdserve.v1 import router_service_pb2, router_service_pb2_grpc
 
@@ -18,11 +18,13 @@ KEEP_S = 2.0  # between two while there is one: a router that restarted has forg
 CALL_S = 2.0
 
 
-async def announce(info: WorkerInfo, router_address: str, links: RouterLinks) -> None:
+async def announce(
+    info: WorkerInfo, router_address: str, links: RouterLinks, network: Network = GRPC
+) -> None:
     """Announce until cancelled.  A router that cannot be reached is tried again."""
     request = router_service_pb2.RegisterRequest(worker=wire.info_to_wire(info))
     last = ""
-    async with grpc.aio.insecure_channel(router_address, options=CHANNEL_OPTIONS) as channel:
+    async with network.channel(router_address) as channel:
         stub: router_service_pb2_grpc.RouterServiceAsyncStub
         stub = router_service_pb2_grpc.RouterServiceStub(channel)  # type: ignore[assignment]
         while True:

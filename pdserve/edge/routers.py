@@ -16,8 +16,9 @@ import grpc
 
 from pdserve import wire
 from pdserve.edge.process import report_bug
+from pdserve.edge.rpc import status_of
 from pdserve.ends import EndKind
-from pdserve.errors import Conflict, PdserveError
+from pdserve.errors import Conflict, InvalidRequest, PdserveError
 from pdserve.request import FinishReason, Key
 from pdserve.status import Audit, WorkerInfo, WorkerStatus
 from pdserve.v1 import types_pb2, worker_service_pb2, worker_service_pb2_grpc
@@ -59,6 +60,32 @@ class Worker(Protocol):
 
     def set_draining(self, is_draining: bool) -> None:
         """Stop, or start again, taking new requests."""
+        ...
+
+    async def set_held(self, is_held: bool) -> None:
+        """Stop planning steps and wait for those on the device; or go on where it stood."""
+        ...
+
+    async def prepare_weights(self, path: str) -> str:
+        """Load a model folder beside the one in use; return its hash.
+
+        Raises:
+            PdserveError: it cannot take the place of the one in use; the message says why.
+
+        """
+        ...
+
+    def commit_weights(self, model_hash: str) -> None:
+        """Use what was prepared and drop the prefix cache; the worker is fully idle.
+
+        Raises:
+            Conflict: that is not what was prepared.
+
+        """
+        ...
+
+    def discard_weights(self) -> None:
+        """Forget what was prepared.  Idempotent."""
         ...
 
 
@@ -255,7 +282,8 @@ class RouterLinks(worker_service_pb2_grpc.WorkerServiceServicer):
     ) -> worker_service_pb2.FlushCacheResponse:
         """Drop the prefix cache, if nothing is in flight (V7)."""
         try:
-            count = flush_when_idle(self._worker)
+            require_idle(self._worker)
+            count = self._worker.flush_cache()
         except Conflict as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
         return worker_service_pb2.FlushCacheResponse(dropped_block_count=count)
@@ -271,9 +299,56 @@ class RouterLinks(worker_service_pb2_grpc.WorkerServiceServicer):
         self._worker.set_draining(request.draining)
         return worker_service_pb2.SetDrainingResponse()
 
+    async def SetHold(  # noqa: N802
+        self,
+        request: worker_service_pb2.SetHoldRequest,
+        context: grpc.aio.ServicerContext[
+            worker_service_pb2.SetHoldRequest, worker_service_pb2.SetHoldResponse
+        ],
+    ) -> worker_service_pb2.SetHoldResponse:
+        """Stop, or start again, planning steps."""
+        await self._worker.set_held(request.held)
+        return worker_service_pb2.SetHoldResponse()
 
-def flush_when_idle(worker: Worker) -> int:
-    """Drop the prefix cache; the one gate of everything that needs an idle worker (V7).
+    async def UpdateWeights(  # noqa: N802
+        self,
+        request: worker_service_pb2.UpdateWeightsRequest,
+        context: grpc.aio.ServicerContext[
+            worker_service_pb2.UpdateWeightsRequest, worker_service_pb2.UpdateWeightsResponse
+        ],
+    ) -> worker_service_pb2.UpdateWeightsResponse:
+        """Prepare, commit or discard other weights."""
+        phases = worker_service_pb2.UpdateWeightsRequest
+        try:
+            match request.phase:
+                case phases.PREPARE:
+                    prepared = await self._worker.prepare_weights(request.path)
+                    return worker_service_pb2.UpdateWeightsResponse(model_hash=prepared)
+                case phases.COMMIT:
+                    require_idle(self._worker)
+                    self._worker.commit_weights(request.model_hash)
+                case phases.DISCARD:
+                    self._worker.discard_weights()
+                case _:
+                    raise InvalidRequest(f"phase is {request.phase}; wanted 1 to 3", param="phase")
+        except PdserveError as fault:
+            await context.abort(status_of(fault), fault.message)
+        return worker_service_pb2.UpdateWeightsResponse(model_hash=self._worker.info.model_hash)
+
+    async def SetFailpoints(  # noqa: N802
+        self,
+        request: worker_service_pb2.SetFailpointsRequest,
+        context: grpc.aio.ServicerContext[
+            worker_service_pb2.SetFailpointsRequest, worker_service_pb2.SetFailpointsResponse
+        ],
+    ) -> worker_service_pb2.SetFailpointsResponse:
+        """Set failpoints, in a test build."""
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not a test build")
+        raise AssertionError("aborted")
+
+
+def require_idle(worker: Worker) -> None:
+    """Be the one gate of everything that needs an idle worker (V7).
 
     Raises:
         Conflict: something is in flight; the message says what.
@@ -283,4 +358,3 @@ def flush_when_idle(worker: Worker) -> int:
     if in_flight:
         parts = ", ".join(f"{count} {name}" for name, count in in_flight.items())
         raise Conflict(f"{worker.info.name} is not idle: {parts}")
-    return worker.flush_cache()

@@ -8,6 +8,8 @@ that an answer takes a second has lost nobody.  A wedged event loop answers ping
 same: that is what the loop counter in the heartbeats is for.
 """
 
+from typing import Protocol
+
 import grpc
 
 from pdserve.errors import (
@@ -57,6 +59,33 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_ping_strikes", 0),
 )
 """Options of every server of a cluster."""
+
+
+class Network(Protocol):
+    """How the processes of a cluster reach each other; gRPC, or the simulator's own."""
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """Make a channel to an address; what fails, fails at its calls."""
+        ...
+
+    def server(self) -> grpc.aio.Server:
+        """Make a server that does not listen yet."""
+        ...
+
+
+class GrpcNetwork:
+    """The real one."""
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """See ``Network``."""
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+    def server(self) -> grpc.aio.Server:
+        """See ``Network``."""
+        return grpc.aio.server(options=SERVER_OPTIONS)
+
+
+GRPC: Network = GrpcNetwork()
 
 _FAULTS: dict[grpc.StatusCode, type[PdserveError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,

@@ -180,6 +180,7 @@ class Request(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
+    IDEMPOTENCY_FIELD_NUMBER: builtins.int
     output_tokens_max: builtins.int
     """Limit on output tokens, the emitted ones included; at least 1."""
     output_tokens_min: builtins.int
@@ -188,6 +189,10 @@ class Request(google.protobuf.message.Message):
     """Salt of the prefix hashes: requests share cached blocks only within one salt."""
     traceparent: builtins.str
     """W3C trace context, or empty."""
+    idempotency: builtins.bytes
+    """Names the execution a client may ask for again, opaque; empty when it may not. Workers keep
+    such a request, and what they said of it, for a while after its router is gone.
+    """
     @property
     def key(self) -> global___RequestKey: ...
     @property
@@ -216,9 +221,10 @@ class Request(google.protobuf.message.Message):
         sampling: global___SamplingParams | None = ...,
         cache_salt: builtins.bytes = ...,
         traceparent: builtins.str = ...,
+        idempotency: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["key", b"key", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache_salt", b"cache_salt", "emitted_tokens", b"emitted_tokens", "key", b"key", "output_tokens_max", b"output_tokens_max", "output_tokens_min", b"output_tokens_min", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "stop_tokens", b"stop_tokens", "traceparent", b"traceparent"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cache_salt", b"cache_salt", "emitted_tokens", b"emitted_tokens", "idempotency", b"idempotency", "key", b"key", "output_tokens_max", b"output_tokens_max", "output_tokens_min", b"output_tokens_min", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "stop_tokens", b"stop_tokens", "traceparent", b"traceparent"]) -> None: ...
 
 global___Request = Request
 
@@ -301,6 +307,7 @@ class WorkerInfo(google.protobuf.message.Message):
     BLOCK_COUNT_FIELD_NUMBER: builtins.int
     SEQUENCE_COUNT_MAX_FIELD_NUMBER: builtins.int
     CONTEXT_TOKENS_MAX_FIELD_NUMBER: builtins.int
+    TEST_BUILD_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Unique in the cluster, stable over restarts, e.g. "decode-0"."""
     role: global___Role.ValueType
@@ -322,6 +329,8 @@ class WorkerInfo(google.protobuf.message.Message):
     sequence_count_max: builtins.int
     context_tokens_max: builtins.int
     """Longest prompt plus output, in tokens."""
+    test_build: builtins.bool
+    """Failpoints may be set in this process; routers in production refuse it."""
     def __init__(
         self,
         *,
@@ -338,8 +347,9 @@ class WorkerInfo(google.protobuf.message.Message):
         block_count: builtins.int = ...,
         sequence_count_max: builtins.int = ...,
         context_tokens_max: builtins.int = ...,
+        test_build: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "block_count", b"block_count", "block_tokens", b"block_tokens", "context_tokens_max", b"context_tokens_max", "incarnation", b"incarnation", "kv_layout_hash", b"kv_layout_hash", "model_hash", b"model_hash", "model_name", b"model_name", "name", b"name", "pid", b"pid", "role", b"role", "sequence_count_max", b"sequence_count_max", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "block_count", b"block_count", "block_tokens", b"block_tokens", "context_tokens_max", b"context_tokens_max", "incarnation", b"incarnation", "kv_layout_hash", b"kv_layout_hash", "model_hash", b"model_hash", "model_name", b"model_name", "name", b"name", "pid", b"pid", "role", b"role", "sequence_count_max", b"sequence_count_max", "test_build", b"test_build", "version", b"version"]) -> None: ...
 
 global___WorkerInfo = WorkerInfo
 
@@ -373,6 +383,7 @@ class WorkerStatus(google.protobuf.message.Message):
     BLOCKS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     IDLE_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
     loop_count: builtins.int
     """Times the scheduler loop has gone round since the process started; grows while it lives."""
     step_count: builtins.int
@@ -385,6 +396,8 @@ class WorkerStatus(google.protobuf.message.Message):
     """The worker takes no new requests and wants to leave."""
     idle: builtins.bool
     """Nothing is in flight (the ledger is empty)."""
+    held: builtins.bool
+    """No steps are planned until the hold is lifted; what is here stays where it is."""
     @property
     def request_counts(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """Requests by state, under the names of the worker's own states."""
@@ -402,9 +415,10 @@ class WorkerStatus(google.protobuf.message.Message):
         blocks: global___BlockCounts | None = ...,
         draining: builtins.bool = ...,
         idle: builtins.bool = ...,
+        held: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["blocks", b"blocks"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "draining", b"draining", "idle", b"idle", "loop_count", b"loop_count", "request_counts", b"request_counts", "step_age_s", b"step_age_s", "step_count", b"step_count", "steps_in_flight", b"steps_in_flight"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "draining", b"draining", "held", b"held", "idle", b"idle", "loop_count", b"loop_count", "request_counts", b"request_counts", "step_age_s", b"step_age_s", "step_count", b"step_count", "steps_in_flight", b"steps_in_flight"]) -> None: ...
 
 global___WorkerStatus = WorkerStatus
 

@@ -65,6 +65,7 @@ class RouterMessage(google.protobuf.message.Message):
     SUBMIT_FIELD_NUMBER: builtins.int
     RESERVE_FIELD_NUMBER: builtins.int
     ABORT_FIELD_NUMBER: builtins.int
+    ADOPT_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> global___RouterHello: ...
     @property
@@ -73,6 +74,8 @@ class RouterMessage(google.protobuf.message.Message):
     def reserve(self) -> global___Reserve: ...
     @property
     def abort(self) -> global___Abort: ...
+    @property
+    def adopt(self) -> global___Adopt: ...
     def __init__(
         self,
         *,
@@ -80,10 +83,11 @@ class RouterMessage(google.protobuf.message.Message):
         submit: global___Submit | None = ...,
         reserve: global___Reserve | None = ...,
         abort: global___Abort | None = ...,
+        adopt: global___Adopt | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["abort", b"abort", "body", b"body", "hello", b"hello", "reserve", b"reserve", "submit", b"submit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["abort", b"abort", "body", b"body", "hello", b"hello", "reserve", b"reserve", "submit", b"submit"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["hello", "submit", "reserve", "abort"] | None: ...
+    def HasField(self, field_name: typing.Literal["abort", b"abort", "adopt", b"adopt", "body", b"body", "hello", b"hello", "reserve", b"reserve", "submit", b"submit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["abort", b"abort", "adopt", b"adopt", "body", b"body", "hello", b"hello", "reserve", b"reserve", "submit", b"submit"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["hello", "submit", "reserve", "abort", "adopt"] | None: ...
 
 global___RouterMessage = RouterMessage
 
@@ -101,6 +105,27 @@ class RouterHello(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["router_incarnation", b"router_incarnation"]) -> None: ...
 
 global___RouterHello = RouterHello
+
+@typing.final
+class Adopt(google.protobuf.message.Message):
+    """Takes over a request whose router is gone: everything the worker said of it is said again,
+    on this link. Unknown keys are answered with Ended(DRAINED).
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    @property
+    def key(self) -> pdserve.v1.types_pb2.RequestKey: ...
+    def __init__(
+        self,
+        *,
+        key: pdserve.v1.types_pb2.RequestKey | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["key", b"key"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["key", b"key"]) -> None: ...
+
+global___Adopt = Adopt
 
 @typing.final
 class Submit(google.protobuf.message.Message):
@@ -199,24 +224,75 @@ class WorkerMessage(google.protobuf.message.Message):
     HELLO_FIELD_NUMBER: builtins.int
     STATUS_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
+    LEASES_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> pdserve.v1.types_pb2.WorkerInfo: ...
     @property
     def status(self) -> pdserve.v1.types_pb2.WorkerStatus: ...
     @property
     def output(self) -> global___StepOutput: ...
+    @property
+    def leases(self) -> global___Leases: ...
     def __init__(
         self,
         *,
         hello: pdserve.v1.types_pb2.WorkerInfo | None = ...,
         status: pdserve.v1.types_pb2.WorkerStatus | None = ...,
         output: global___StepOutput | None = ...,
+        leases: global___Leases | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["body", b"body", "hello", b"hello", "output", b"output", "status", b"status"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["body", b"body", "hello", b"hello", "output", b"output", "status", b"status"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["hello", "status", "output"] | None: ...
+    def HasField(self, field_name: typing.Literal["body", b"body", "hello", b"hello", "leases", b"leases", "output", b"output", "status", b"status"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["body", b"body", "hello", b"hello", "leases", b"leases", "output", b"output", "status", b"status"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["hello", "status", "output", "leases"] | None: ...
 
 global___WorkerMessage = WorkerMessage
+
+@typing.final
+class Leases(google.protobuf.message.Message):
+    """Requests kept here whose router is gone, told once to each router that links."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASES_FIELD_NUMBER: builtins.int
+    @property
+    def leases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Lease]: ...
+    def __init__(
+        self,
+        *,
+        leases: collections.abc.Iterable[global___Lease] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["leases", b"leases"]) -> None: ...
+
+global___Leases = Leases
+
+@typing.final
+class Lease(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    PEER_FIELD_NUMBER: builtins.int
+    REMAINING_S_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """Of the reservation; 0 from prefill workers."""
+    peer: builtins.str
+    """The worker of the other role."""
+    remaining_s: builtins.float
+    """Seconds until it is let go."""
+    @property
+    def request(self) -> pdserve.v1.types_pb2.Request: ...
+    def __init__(
+        self,
+        *,
+        request: pdserve.v1.types_pb2.Request | None = ...,
+        epoch: builtins.int = ...,
+        peer: builtins.str = ...,
+        remaining_s: builtins.float = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "peer", b"peer", "remaining_s", b"remaining_s", "request", b"request"]) -> None: ...
+
+global___Lease = Lease
 
 @typing.final
 class StepOutput(google.protobuf.message.Message):
@@ -472,3 +548,116 @@ class SetDrainingResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___SetDrainingResponse = SetDrainingResponse
+
+@typing.final
+class SetHoldRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HELD_FIELD_NUMBER: builtins.int
+    held: builtins.bool
+    def __init__(
+        self,
+        *,
+        held: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["held", b"held"]) -> None: ...
+
+global___SetHoldRequest = SetHoldRequest
+
+@typing.final
+class SetHoldResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___SetHoldResponse = SetHoldResponse
+
+@typing.final
+class UpdateWeightsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Phase:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[UpdateWeightsRequest._Phase.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        PHASE_UNSPECIFIED: UpdateWeightsRequest._Phase.ValueType  # 0
+        PREPARE: UpdateWeightsRequest._Phase.ValueType  # 1
+        """Loads and checks the folder beside the weights in use; changes nothing."""
+        COMMIT: UpdateWeightsRequest._Phase.ValueType  # 2
+        """Takes what was prepared into use and drops the prefix cache."""
+        DISCARD: UpdateWeightsRequest._Phase.ValueType  # 3
+        """Forgets what was prepared. Idempotent."""
+
+    class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper): ...
+    PHASE_UNSPECIFIED: UpdateWeightsRequest.Phase.ValueType  # 0
+    PREPARE: UpdateWeightsRequest.Phase.ValueType  # 1
+    """Loads and checks the folder beside the weights in use; changes nothing."""
+    COMMIT: UpdateWeightsRequest.Phase.ValueType  # 2
+    """Takes what was prepared into use and drops the prefix cache."""
+    DISCARD: UpdateWeightsRequest.Phase.ValueType  # 3
+    """Forgets what was prepared. Idempotent."""
+
+    PHASE_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    MODEL_HASH_FIELD_NUMBER: builtins.int
+    phase: global___UpdateWeightsRequest.Phase.ValueType
+    path: builtins.str
+    """Model folder as the worker sees it; PREPARE only."""
+    model_hash: builtins.str
+    """Hash of what was prepared; COMMIT only."""
+    def __init__(
+        self,
+        *,
+        phase: global___UpdateWeightsRequest.Phase.ValueType = ...,
+        path: builtins.str = ...,
+        model_hash: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_hash", b"model_hash", "path", b"path", "phase", b"phase"]) -> None: ...
+
+global___UpdateWeightsRequest = UpdateWeightsRequest
+
+@typing.final
+class UpdateWeightsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_HASH_FIELD_NUMBER: builtins.int
+    model_hash: builtins.str
+    """PREPARE: what was loaded. COMMIT: what is in use."""
+    def __init__(
+        self,
+        *,
+        model_hash: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_hash", b"model_hash"]) -> None: ...
+
+global___UpdateWeightsResponse = UpdateWeightsResponse
+
+@typing.final
+class SetFailpointsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: builtins.int
+    spec: builtins.str
+    """Replaces what was set; see docs/failpoints.md."""
+    def __init__(
+        self,
+        *,
+        spec: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["spec", b"spec"]) -> None: ...
+
+global___SetFailpointsRequest = SetFailpointsRequest
+
+@typing.final
+class SetFailpointsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___SetFailpointsResponse = SetFailpointsResponse

@@ -55,6 +55,21 @@ class WorkerServiceStub(object):
                 request_serializer=pdserve_dot_v1_dot_worker__service__pb2.SetDrainingRequest.SerializeToString,
                 response_deserializer=pdserve_dot_v1_dot_worker__service__pb2.SetDrainingResponse.FromString,
                 _registered_method=True)
+        self.SetHold = channel.unary_unary(
+                '/pdserve.v1.WorkerService/SetHold',
+                request_serializer=pdserve_dot_v1_dot_worker__service__pb2.SetHoldRequest.SerializeToString,
+                response_deserializer=pdserve_dot_v1_dot_worker__service__pb2.SetHoldResponse.FromString,
+                _registered_method=True)
+        self.UpdateWeights = channel.unary_unary(
+                '/pdserve.v1.WorkerService/UpdateWeights',
+                request_serializer=pdserve_dot_v1_dot_worker__service__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=pdserve_dot_v1_dot_worker__service__pb2.UpdateWeightsResponse.FromString,
+                _registered_method=True)
+        self.SetFailpoints = channel.unary_unary(
+                '/pdserve.v1.WorkerService/SetFailpoints',
+                request_serializer=pdserve_dot_v1_dot_worker__service__pb2.SetFailpointsRequest.SerializeToString,
+                response_deserializer=pdserve_dot_v1_dot_worker__service__pb2.SetFailpointsResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer(object):
@@ -90,6 +105,29 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetHold(self, request, context):
+        """Plans no more steps from now on (or goes on exactly where it stood). Answered once every
+        step in flight has settled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateWeights(self, request, context):
+        """Changes the weights in two phases, so that a cluster changes as one or not at all.
+        FAILED_PRECONDITION with the reason while anything is in flight (COMMIT only).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetFailpoints(self, request, context):
+        """Test builds only; FAILED_PRECONDITION elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +150,21 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.SetDraining,
                     request_deserializer=pdserve_dot_v1_dot_worker__service__pb2.SetDrainingRequest.FromString,
                     response_serializer=pdserve_dot_v1_dot_worker__service__pb2.SetDrainingResponse.SerializeToString,
+            ),
+            'SetHold': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetHold,
+                    request_deserializer=pdserve_dot_v1_dot_worker__service__pb2.SetHoldRequest.FromString,
+                    response_serializer=pdserve_dot_v1_dot_worker__service__pb2.SetHoldResponse.SerializeToString,
+            ),
+            'UpdateWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateWeights,
+                    request_deserializer=pdserve_dot_v1_dot_worker__service__pb2.UpdateWeightsRequest.FromString,
+                    response_serializer=pdserve_dot_v1_dot_worker__service__pb2.UpdateWeightsResponse.SerializeToString,
+            ),
+            'SetFailpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetFailpoints,
+                    request_deserializer=pdserve_dot_v1_dot_worker__service__pb2.SetFailpointsRequest.FromString,
+                    response_serializer=pdserve_dot_v1_dot_worker__service__pb2.SetFailpointsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +276,87 @@ class WorkerService(object):
             '/pdserve.v1.WorkerService/SetDraining',
             pdserve_dot_v1_dot_worker__service__pb2.SetDrainingRequest.SerializeToString,
             pdserve_dot_v1_dot_worker__service__pb2.SetDrainingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetHold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.WorkerService/SetHold',
+            pdserve_dot_v1_dot_worker__service__pb2.SetHoldRequest.SerializeToString,
+            pdserve_dot_v1_dot_worker__service__pb2.SetHoldResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.WorkerService/UpdateWeights',
+            pdserve_dot_v1_dot_worker__service__pb2.UpdateWeightsRequest.SerializeToString,
+            pdserve_dot_v1_dot_worker__service__pb2.UpdateWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetFailpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.WorkerService/SetFailpoints',
+            pdserve_dot_v1_dot_worker__service__pb2.SetFailpointsRequest.SerializeToString,
+            pdserve_dot_v1_dot_worker__service__pb2.SetFailpointsResponse.FromString,
             options,
             channel_credentials,
             insecure,

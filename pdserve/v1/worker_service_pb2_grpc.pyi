@@ -47,6 +47,28 @@ class WorkerServiceStub:
     ]
     """Takes no new requests from now on (or takes them again)."""
 
+    SetHold: grpc.UnaryUnaryMultiCallable[
+        pdserve.v1.worker_service_pb2.SetHoldRequest,
+        pdserve.v1.worker_service_pb2.SetHoldResponse,
+    ]
+    """Plans no more steps from now on (or goes on exactly where it stood). Answered once every
+    step in flight has settled.
+    """
+
+    UpdateWeights: grpc.UnaryUnaryMultiCallable[
+        pdserve.v1.worker_service_pb2.UpdateWeightsRequest,
+        pdserve.v1.worker_service_pb2.UpdateWeightsResponse,
+    ]
+    """Changes the weights in two phases, so that a cluster changes as one or not at all.
+    FAILED_PRECONDITION with the reason while anything is in flight (COMMIT only).
+    """
+
+    SetFailpoints: grpc.UnaryUnaryMultiCallable[
+        pdserve.v1.worker_service_pb2.SetFailpointsRequest,
+        pdserve.v1.worker_service_pb2.SetFailpointsResponse,
+    ]
+    """Test builds only; FAILED_PRECONDITION elsewhere."""
+
 class WorkerServiceAsyncStub:
     """What a router asks of a worker, prefill or decode."""
 
@@ -75,6 +97,28 @@ class WorkerServiceAsyncStub:
         pdserve.v1.worker_service_pb2.SetDrainingResponse,
     ]
     """Takes no new requests from now on (or takes them again)."""
+
+    SetHold: grpc.aio.UnaryUnaryMultiCallable[
+        pdserve.v1.worker_service_pb2.SetHoldRequest,
+        pdserve.v1.worker_service_pb2.SetHoldResponse,
+    ]
+    """Plans no more steps from now on (or goes on exactly where it stood). Answered once every
+    step in flight has settled.
+    """
+
+    UpdateWeights: grpc.aio.UnaryUnaryMultiCallable[
+        pdserve.v1.worker_service_pb2.UpdateWeightsRequest,
+        pdserve.v1.worker_service_pb2.UpdateWeightsResponse,
+    ]
+    """Changes the weights in two phases, so that a cluster changes as one or not at all.
+    FAILED_PRECONDITION with the reason while anything is in flight (COMMIT only).
+    """
+
+    SetFailpoints: grpc.aio.UnaryUnaryMultiCallable[
+        pdserve.v1.worker_service_pb2.SetFailpointsRequest,
+        pdserve.v1.worker_service_pb2.SetFailpointsResponse,
+    ]
+    """Test builds only; FAILED_PRECONDITION elsewhere."""
 
 class WorkerServiceServicer(metaclass=abc.ABCMeta):
     """What a router asks of a worker, prefill or decode."""
@@ -112,5 +156,33 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[pdserve.v1.worker_service_pb2.SetDrainingResponse, collections.abc.Awaitable[pdserve.v1.worker_service_pb2.SetDrainingResponse]]:
         """Takes no new requests from now on (or takes them again)."""
+
+    @abc.abstractmethod
+    def SetHold(
+        self,
+        request: pdserve.v1.worker_service_pb2.SetHoldRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[pdserve.v1.worker_service_pb2.SetHoldResponse, collections.abc.Awaitable[pdserve.v1.worker_service_pb2.SetHoldResponse]]:
+        """Plans no more steps from now on (or goes on exactly where it stood). Answered once every
+        step in flight has settled.
+        """
+
+    @abc.abstractmethod
+    def UpdateWeights(
+        self,
+        request: pdserve.v1.worker_service_pb2.UpdateWeightsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[pdserve.v1.worker_service_pb2.UpdateWeightsResponse, collections.abc.Awaitable[pdserve.v1.worker_service_pb2.UpdateWeightsResponse]]:
+        """Changes the weights in two phases, so that a cluster changes as one or not at all.
+        FAILED_PRECONDITION with the reason while anything is in flight (COMMIT only).
+        """
+
+    @abc.abstractmethod
+    def SetFailpoints(
+        self,
+        request: pdserve.v1.worker_service_pb2.SetFailpointsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[pdserve.v1.worker_service_pb2.SetFailpointsResponse, collections.abc.Awaitable[pdserve.v1.worker_service_pb2.SetFailpointsResponse]]:
+        """Test builds only; FAILED_PRECONDITION elsewhere."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

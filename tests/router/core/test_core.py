@@ -7,6 +7,7 @@ import pytest
 from pdserve.config import HeartbeatConfig, RouterConfig
 from pdserve.errors import Expired, InvalidRequest, PdserveError, PeerLost, Rejected, Unavailable
 from pdserve.request import FinishReason
+from router import core
 from router.api import OutputEnd
 from router.generation import OUTPUTS_MAX
 
@@ -216,10 +217,12 @@ async def test_a_silent_worker_gets_nothing_new_and_then_loses_what_it_has(
         await collect_exact(generation, PROMPT, 8)
 
 
-async def test_a_router_that_stood_still_does_not_blame_its_workers(fleet_of, caplog, eventually):
+async def test_a_router_that_stood_still_does_not_blame_its_workers(
+    fleet_of, caplog, eventually, monkeypatch
+):
     async with fleet_of("prefill-0", "decode-0") as fleet:
-        clock = fleet.core._clock
-        fleet.core._clock = lambda: clock() + 60.0
+        clock = core._now_s
+        monkeypatch.setattr(core, "_now_s", lambda: clock() + 60.0)
         await eventually(lambda: any("router_stood_still" in r.message for r in caplog.records))
         assert fleet.core.is_ready is None
 
@@ -281,7 +284,7 @@ async def test_the_queue_is_bounded_and_says_when_to_come_again(fleet_of, eventu
         with pytest.raises(Rejected) as refused:
             fleet.start((4,), 8)
         assert refused.value.retry_after_s >= 1
-        fleet.core.table.pump(fleet.core._clock())
+        fleet.core.table.pump(core._now_s())
         assert fleet.core.queue_depth == 2
         assert fleet.core.inflight_count == 1
         for generation in held:
