@@ -18,6 +18,7 @@ class GenerationSpec:
     ``prompt`` are token ids in the model's vocabulary, checked by the caller.
     ``deadline_s`` is seconds from now, None for the router's own limit.
     ``label`` is the client's x-request-id: shown to people, never used as identity.
+    ``is_probe`` keeps it out of metrics, logs and the list of the ended.
     """
 
     prompt: tuple[int, ...]
@@ -28,6 +29,7 @@ class GenerationSpec:
     cache_salt: bytes = b""
     deadline_s: float | None = None
     label: str = ""
+    is_probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)

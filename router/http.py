@@ -27,6 +27,7 @@ from router.connection import Bounds, Connection, Exchange
 from router.generate import JSON_HEADERS, Generate
 from router.model_folder import ModelFolder
 from router.openai_answers import error_body, error_object
+from router.probe import probe
 from router.sse import event
 
 CONNECTIONS_MAX = 4096
@@ -89,7 +90,11 @@ class Listeners:
             "/health": {"GET": self._ready},
             **watched,
         }
-        self._operators: Routes = {**self._admin.routes(), **watched}
+        self._operators: Routes = {
+            **self._admin.routes(),
+            "/health_generate": {"GET": self._generates},
+            **watched,
+        }
 
     async def start(self) -> tuple[int, int]:
         """Listen; return the public and the admin port."""
@@ -191,6 +196,9 @@ class Listeners:
             answer_json(exchange, 200, {"status": "ready"})
         else:
             _refuse(exchange, 503, "not_ready", reason, {"retry-after": "1"})
+
+    async def _generates(self, exchange: Exchange) -> None:
+        answer_json(exchange, 200, await probe(self._generator))
 
     async def _metrics(self, exchange: Exchange) -> None:
         body = prometheus_client.generate_latest(self._registry)

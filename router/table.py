@@ -228,10 +228,11 @@ class RequestTable:
         self.admission.ended(request_id, now_s)
         generation = self._generations.pop(request_id)
         generation.put((OutputEnd(end.reason, end.error),))
-        self._ended[request_id] = journey.describe(now_s)
-        if len(self._ended) > ENDED_MAX:
-            self._ended.popitem(last=False)
-        self._count(journey, end, now_s)
+        if not journey.spec.is_probe:
+            self._ended[request_id] = journey.describe(now_s)
+            if len(self._ended) > ENDED_MAX:
+                self._ended.popitem(last=False)
+            self._count(journey, end, now_s)
         self._pump_soon()
 
     def _count(self, journey: Journey, end: End, now_s: float) -> None:

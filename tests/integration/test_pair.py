@@ -38,13 +38,13 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(pair: Any) -> None:
 async def test_an_abort_during_a_held_write_quarantines_until_the_write_is_over(pair: Any) -> None:
     pair.hub.hold()
     generation = pair.core.start(pair.spec(PROMPT, 40))
-    await pair.await_true("a write is under way", lambda: bool(pair.hub.under_way))
+    await pair.until("a write is under way", lambda: bool(pair.hub.under_way))
     generation.abandon()
     decode = pair.decode.worker
-    await pair.await_true("quarantine", lambda: decode.audit().blocks.quarantined > 0)
+    await pair.until("quarantine", lambda: decode.audit().blocks.quarantined > 0)
     # Another request is reserved meanwhile; it must not be given those blocks.
     other = asyncio.create_task(pair.tokens(pair.spec(PROMPT[::-1], 30)))
-    await pair.await_true("a lease beside it", lambda: decode.audit().blocks.leased > 0)
+    await pair.until("a lease beside it", lambda: decode.audit().blocks.leased > 0)
     assert decode.audit().blocks.quarantined > 0
     pair.hub.release()
     seen = await other
