@@ -14,7 +14,7 @@ from typing import Protocol
 
 from engine.executor import ModelInfo, OnLayer
 from engine.step import StepPlan, StepResult
-from pdserve.errors import LocalProtocolError
+from pdserve.errors import Conflict, LocalProtocolError
 from pdserve.layout import KvMemory
 
 
@@ -126,6 +126,17 @@ class Seat:
             self._waiting.append((plan, on_layer, future))
             self._turns.changed.notify_all()
         return future
+
+    def prepare_weights(self, path: str) -> ModelInfo:
+        """Refuse: the seats share one copy of the weights, which one seat cannot change."""
+        raise Conflict(f"{path}: seats that take turns keep their weights")
+
+    def commit_weights(self) -> None:
+        """Refuse likewise."""
+        raise Conflict("no weights are prepared")
+
+    def discard_weights(self) -> None:
+        """Have nothing to forget."""
 
     def run_oldest(self) -> None:
         """Run the step that waited longest; its failure is its future's alone."""

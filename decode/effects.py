@@ -48,6 +48,7 @@ class EmitToken:
     index: int
     sampled: SampledToken
     finish: FinishReason | None
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -418,7 +418,7 @@ class DecodeScheduler:
         finish = finish_after(sequence.request, sampled.token, index + 1, self._context_tokens_max)
         if finish is not None:
             self._let_go(sequence, Event.FINISHED, now_s)
-        return EmitToken(sequence.key, index, sampled, finish)
+        return EmitToken(sequence.key, index, sampled, finish, sequence.epoch)
 
     # Ends.
 

@@ -16,12 +16,14 @@ import kvtransfer.sender_session
 import pdctl.example
 import pdserve.config
 import prefill.sequence
+import router.pause
 import router.transitions
 
 ROOT = Path(__file__).parent.parent
 
 MACHINES: list[tuple[str, Any]] = [
     ("A request's journey, on the router (`router/transitions.py`)", router.transitions),
+    ("The cluster, paused or not, on the router (`router/pause.py`)", router.pause),
     ("A request on a prefill worker (`prefill/sequence.py`)", prefill.sequence),
     ("A request on a decode worker (`decode/sequence.py`)", decode.sequence),
     (

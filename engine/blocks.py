@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from enum import Enum
 
 from engine.free_runs import FreeRuns
+from pdserve.history.events import BlockOp
 from pdserve.status import BlockCounts
 
 
@@ -18,6 +19,10 @@ class Hold(Enum):
     USED = 1  # a sequence computes with it
     LEASED = 2  # an open hand-off reads it, or was promised it
     QUARANTINED = 3  # a device or a remote writer may still touch it
+
+
+Observer = Callable[[BlockOp, Iterable[int], Hold | None, Hold | None], None]
+"""Told of every change of hands: what, which blocks, from and to which hold."""
 
 
 def _ignore(block: int) -> None:
@@ -35,6 +40,7 @@ class BlockPool:
         assert block_count > 0
         self.block_count = block_count
         self.on_evict: Callable[[int], None] = _ignore
+        self.observer: Observer | None = None
         self._free = FreeRuns(block_count)
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._published: set[int] = set()
@@ -81,11 +87,15 @@ class BlockPool:
             assert not self._top(block), f"block {block} is free and held"
             holders[block] = 1
         self._held_counts[kind] += count
+        if self.observer is not None and blocks:
+            self.observer(BlockOp.TAKE, blocks, None, hold)
         return blocks
 
-    def share(self, blocks: Iterable[int], hold: Hold) -> None:
+    def share(self, blocks: Sequence[int], hold: Hold) -> None:
         """Add one holder to blocks that are held or cached."""
         kind = hold.value
+        if self.observer is not None and blocks:
+            self.observer(BlockOp.SHARE, blocks, None, hold)
         for block in blocks:
             before = self._top(block)
             if not before:
@@ -94,10 +104,12 @@ class BlockPool:
             self._holders[kind][block] += 1
             self._count(before, self._top(block))
 
-    def move(self, blocks: Iterable[int], old: Hold, new: Hold) -> None:
+    def move(self, blocks: Sequence[int], old: Hold, new: Hold) -> None:
         """Turn one holder of kind ``old`` into one of kind ``new``."""
         if old is new:
             return
+        if self.observer is not None and blocks:
+            self.observer(BlockOp.MOVE, blocks, old, new)
         from_kind, to_kind = old.value, new.value
         for block in blocks:
             before = self._top(block)
@@ -111,6 +123,8 @@ class BlockPool:
 
         The end of a sequence is evicted before its beginning, which more requests share.
         """
+        if self.observer is not None and blocks:
+            self.observer(BlockOp.RELEASE, blocks, hold, None)
         kind = hold.value
         holders = self._holders[kind]
         free: list[int] = []
@@ -132,9 +146,13 @@ class BlockPool:
         """Keep a held block's contents once its last holder is out."""
         assert self._top(block), f"block {block} is held by nobody; its contents are not safe"
         self._published.add(block)
+        if self.observer is not None:
+            self.observer(BlockOp.PUBLISH, (block,), None, None)
 
     def unpublish(self, blocks: Iterable[int]) -> None:
         """Keep these blocks' contents no longer."""
+        if self.observer is not None:
+            self.observer(BlockOp.UNPUBLISH, blocks, None, None)
         for block in blocks:
             self._published.remove(block)
             if block in self._cached:

@@ -46,6 +46,26 @@ class Executor(Protocol):
         """
         ...
 
+    def prepare_weights(self, path: str) -> ModelInfo:
+        """Load another model folder beside the one in use; blocks, on any thread but the loop's.
+
+        Replaces what was prepared before.  The model must be one for the same pool, slots and
+        tokens: whatever differs but the weights is refused, and nothing has changed.
+
+        Raises:
+            InvalidModel: naming the file and the field.
+
+        """
+        ...
+
+    def commit_weights(self) -> None:
+        """Run what was prepared from now on; nothing is unfinished.  Slots are unbound."""
+        ...
+
+    def discard_weights(self) -> None:
+        """Forget what was prepared.  Idempotent."""
+        ...
+
     def close(self) -> None:
         """Finish what was submitted, then stop and free the pool.  Idempotent."""
         ...

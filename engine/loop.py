@@ -6,17 +6,27 @@ executor's thread only hands over: results and layer signals arrive here in its 
 ``loop_count`` is counted by this loop and by nothing else, and the beat is called from inside
 it: a wedged loop cannot look alive (V12).
 
-Time is the event loop's own: under a virtual clock the very same loop runs.
+Time is the event loop's own: under a virtual clock the very same loop runs.  The scheduler's
+time stands still while the loop is held, so that nothing it waits for expires meanwhile.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from engine.executor import Executor
 from engine.step import StepPlan, StepResult
+from pdserve import failpoints
+from pdserve.clock import WorkClock
+from pdserve.status import Role
+
+Pace = Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]
+"""Awaited between two turns instead of the rest it is given, so that a script decides when
+the loop turns."""
 
 Effect = TypeVar("Effect")
 Effect_co = TypeVar("Effect_co", covariant=True)
@@ -55,15 +65,17 @@ class StepLoop(Generic[Effect]):
         scheduler: Scheduler[Effect],
         executor: Executor,
         *,
+        role: Role,
         apply: Callable[[tuple[Effect, ...]], None],
         beat: Callable[[], None],
         beat_interval_s: float,
         on_layer: Callable[[StepPlan, int], None] | None = None,
-        pace: Callable[[], Awaitable[None]] | None = None,
+        pace: Pace | None = None,
     ) -> None:
-        """``pace`` is awaited before each turn: a script lets the loop turn when it says so."""
         self._scheduler = scheduler
         self._executor = executor
+        self._turn_point = f"{role.value}.before_schedule"
+        self._settle_point = f"{role.value}.settle"
         self._apply = apply
         self._beat = beat
         self._beat_interval_s = beat_interval_s
@@ -75,7 +87,7 @@ class StepLoop(Generic[Effect]):
         self._settled = asyncio.Event()
         self._settled.set()
         self._stopping = False
-        self._is_held = False
+        self._clock = WorkClock(_now_s)
         self._fault: BaseException | None = None
         self.loop_count = 0
         self.step_count = 0
@@ -93,16 +105,21 @@ class StepLoop(Generic[Effect]):
     @property
     def is_held(self) -> bool:
         """Whether no steps are planned for the time being."""
-        return self._is_held
+        return self._clock.is_standing
+
+    @property
+    def now_s(self) -> float:
+        """The scheduler's time: the event loop's, less what was spent held."""
+        return self._clock.now_s
 
     async def hold(self) -> None:
-        """Plan nothing more; return once what is on the device has settled."""
-        self._is_held = True
+        """Plan and admit nothing more; return once what is on the device has settled."""
+        self._clock.stop()
         await self._settled.wait()
 
     def release(self) -> None:
-        """Plan again.  Idempotent."""
-        self._is_held = False
+        """Go on where it stood.  Idempotent."""
+        self._clock.go()
         self._wake.set()
 
     def stop(self) -> None:
@@ -115,25 +132,40 @@ class StepLoop(Generic[Effect]):
         loop = asyncio.get_running_loop()
         beat_s = 0.0
         while not (self._stopping and not self._plans):
-            self._wake.clear()
-            if self._pace is not None:
-                await self._pace()
             if self._fault is not None:
                 raise self._fault
+            self._wake.clear()
+            failpoints.hit(self._turn_point)
             self.loop_count += 1
             now_s = loop.time()
-            self._turn(now_s, loop)
+            self._turn(loop)
             if now_s >= beat_s:
                 self._beat()
                 beat_s = now_s + self._beat_interval_s
-            deadline_s = min(beat_s, self._scheduler.next_deadline_s or beat_s)
-            timer = loop.call_at(deadline_s, self._wake.set)
-            await self._wake.wait()
-            timer.cancel()
+            deadline_s = min(beat_s, self._due_s or beat_s)
+            if self._pace is None:
+                await self._rest(deadline_s)
+            else:
+                await self._pace(partial(self._rest, deadline_s))
 
-    def _turn(self, now_s: float, loop: asyncio.AbstractEventLoop) -> None:
+    async def _rest(self, deadline_s: float) -> None:
+        """Wait until something happens, or it is time."""
+        timer = asyncio.get_running_loop().call_at(deadline_s, self._wake.set)
+        await self._wake.wait()
+        timer.cancel()
+
+    @property
+    def _due_s(self) -> float | None:
+        """When the event loop's clock shows the scheduler's next deadline; None while held."""
+        deadline_s = self._scheduler.next_deadline_s
+        return None if deadline_s is None else self._clock.due_s(deadline_s)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.is_held:
+            return
+        now_s = self.now_s
         self._apply(self._scheduler.admit(now_s))
-        while not (self._stopping or self._is_held):
+        while not self._stopping:
             plan = self._scheduler.plan(now_s)
             if plan is None:
                 return
@@ -164,14 +196,25 @@ class StepLoop(Generic[Effect]):
         del self._plans[plan.step]
         if not self._plans:
             self._settled.set()
-        now_s = _now_s()
+        now_s = self.now_s
         error = future.exception()
         if error is None:
-            self._apply(self._scheduler.settle(future.result(), now_s))
+            result = self._judged(plan, future.result())
+            self._apply(self._scheduler.settle(result, now_s))
         else:
             message = f"step {plan.step} failed: {type(error).__name__}: {error}"
             self._apply(self._scheduler.fail_step(plan.step, message, now_s))
         self._wake.set()
+
+    def _judged(self, plan: StepPlan, result: StepResult) -> StepResult:
+        """Add the faults that a failpoint makes of single requests of a step (V11)."""
+        faults = dict(result.faults)
+        for chunk in plan.chunks:
+            try:
+                failpoints.hit(self._settle_point)
+            except failpoints.InjectedFault as fault:
+                faults[chunk.key] = str(fault)
+        return result if len(faults) == len(result.faults) else replace(result, faults=faults)
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Run a callback; its failure is a bug of ours, and ends the loop and the process."""

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import grpc
 
-from kvtransfer import copyplan, landed
+from kvtransfer import copyplan
 from kvtransfer.buffer import DestinationBuffer, Verdict
 from kvtransfer.checksum import checksum
 from kvtransfer.hello import HELLO_S, fault, mismatch, prefill_hello
@@ -44,6 +44,7 @@ from kvtransfer.sender_link import Context, DecodeLink, destination_of
 from kvtransfer.sender_session import SenderSession
 from kvtransfer.transport.base import Transport
 from pdserve import wire
+from pdserve.clock import WorkClock
 from pdserve.config import TransferConfig
 from pdserve.errors import RemoteProtocolError
 from pdserve.layout import KvMemory
@@ -70,6 +71,7 @@ class SenderEvents(Protocol):
 class _Handoff:
     session: SenderSession
     revokers: dict[int, DecodeLink] = field(default_factory=dict[int, DecodeLink])
+    deadline_s: float | None = None
     timer: asyncio.TimerHandle | None = None
 
 
@@ -113,6 +115,7 @@ class KvSender:
     async def start(self) -> None:
         """Open the data plane; raises ``InvalidConfig`` where it is not usable."""
         self._loop = asyncio.get_running_loop()
+        self._clock = WorkClock(self._loop.time)
         self._transport.start(self._stray, self._loop.call_soon_threadsafe)
         self._transport.map(self._memory.address, self._memory.size_bytes)
 
@@ -169,12 +172,27 @@ class KvSender:
     def complete(self, key: Key, first_token: int) -> None:
         """Take note that the prompt is computed; from here on the clock runs."""
         handoff = self._tell(key, Completed(first_token))
-        if handoff is not None and handoff.timer is None and key in self._handoffs:
-            handoff.timer = self._loop.call_later(self._handoff_s, self._expire, key)
+        if handoff is not None and handoff.deadline_s is None and key in self._handoffs:
+            handoff.deadline_s = self._clock.now_s + self._handoff_s
+            self._arm(key, handoff, handoff.deadline_s)
 
     def cancel(self, key: Key) -> None:
         """End a hand-off; ``handoff_ended`` follows once nothing is outstanding."""
         self._tell(key, Cancelled())
+
+    def set_held(self, is_held: bool) -> None:
+        """Let no hand-off expire while the worker is held: nobody works on it meanwhile."""
+        if is_held:
+            self._clock.stop()
+        else:
+            self._clock.go()
+        for key, handoff in self._handoffs.items():
+            if handoff.deadline_s is not None:
+                self._arm(key, handoff, handoff.deadline_s)
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        self._arm_expiry()
 
     @property
     def session_counts(self) -> Mapping[str, int]:
@@ -278,7 +296,7 @@ class KvSender:
             self._keep(link, key, destination)
 
     def _keep(self, link: DecodeLink, key: Key, destination: Destination) -> None:
-        match self._buffer.put(key, destination, self._loop.time()):
+        match self._buffer.put(key, destination, self._clock.now_s):
             case Verdict.KEPT:
                 self._arm_expiry()
             case Verdict.STALE:
@@ -341,14 +359,22 @@ class KvSender:
     def _expire(self, key: Key) -> None:
         self._tell(key, Abandoned(f"not handed over within {self._handoff_s} s"))
 
+    def _arm(self, key: Key, handoff: _Handoff, deadline_s: float) -> None:
+        if handoff.timer is not None:
+            handoff.timer.cancel()
+        due_s = self._clock.due_s(deadline_s)
+        handoff.timer = None if due_s is None else self._loop.call_at(due_s, self._expire, key)
+
     def _arm_expiry(self) -> None:
         deadline_s = self._buffer.next_deadline_s
-        if self._expiry is None and deadline_s is not None:
-            self._expiry = self._loop.call_at(deadline_s, self._expire_early)
+        if self._expiry is not None or deadline_s is None:
+            return
+        due_s = self._clock.due_s(deadline_s)
+        self._expiry = None if due_s is None else self._loop.call_at(due_s, self._expire_early)
 
     def _expire_early(self) -> None:
         self._expiry = None
-        for early in self._buffer.expire(self._loop.time()):
+        for early in self._buffer.expire(self._clock.now_s):
             self._dropped["expired_destination"] += 1
             link = self._links[early.destination.link]
             link.fail(early.key, early.destination.epoch, "no such request came in time")
@@ -405,7 +431,7 @@ class KvSender:
             source_block_count=self._memory.block_count,
             target_block_count=link.block_count,
         )
-        link.endpoint.push(
+        link.push(
             [
                 (self._memory.address + source, link.memory_base + target, size)
                 for source, target, size in runs
@@ -422,9 +448,7 @@ class KvSender:
             message = LandedMessage(
                 link.session_id, session.key, destination.epoch, first_token, value
             )
-            link.endpoint.send(
-                landed.pack(message), self._config.push_s, lambda error: self._sent(handoff, error)
-            )
+            link.send_landed(message, self._config.push_s, lambda error: self._sent(handoff, error))
 
         if self._hasher is None:
             send(None)
@@ -443,7 +467,7 @@ class KvSender:
     def _forget(self, handoff: _Handoff) -> None:
         key = handoff.session.key
         del self._handoffs[key]
-        self._tombstones.add(key, self._loop.time())
+        self._tombstones.add(key, self._clock.now_s)
         if handoff.timer is not None:
             handoff.timer.cancel()
         if not self._handoffs:

@@ -1,14 +1,17 @@
 """One decode worker's link, as the sender serves it."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
+from kvtransfer import landed
+from kvtransfer.landed import LandedMessage
 from kvtransfer.sender_events import Destination
-from kvtransfer.transport.base import Endpoint, Transport
-from pdserve import wire
+from kvtransfer.transport.base import Done, Endpoint, Transport
+from pdserve import failpoints, wire
 from pdserve.request import Key
 from pdserve.v1 import transfer_service_pb2
 
@@ -70,6 +73,33 @@ class DecodeLink:
             hello.transport_address, hello.memory_key, self.endpoint_lost
         )
 
+    def push(self, runs: Sequence[tuple[int, int, int]], timeout_s: float, done: Done) -> None:
+        """Write (own address, peer's address, size) runs into the decode worker's pool.
+
+        One that cannot even begin fails as one that breaks does: it ends one hand-off (V11).
+        """
+        try:
+            failpoints.hit("kv.push")
+            self.endpoint.push(runs, timeout_s, done)
+        except AssertionError:
+            raise
+        except Exception as error:
+            _answer(done, error)
+
+    def send_landed(self, message: LandedMessage, timeout_s: float, done: Done) -> None:
+        """Say that all is there; it arrives after all pushes that are done."""
+        try:
+            if message.checksum is not None and failpoints.hit("kv.corrupt"):
+                message = replace(message, checksum=message.checksum ^ 1)
+            if failpoints.hit("kv.landed"):
+                asyncio.get_running_loop().call_soon(done, None)
+                return
+            self.endpoint.send(landed.pack(message), timeout_s, done)
+        except AssertionError:
+            raise
+        except Exception as error:
+            _answer(done, error)
+
     def endpoint_lost(self, message: str, *, is_reset: bool) -> None:
         """Take the transport's word that the decode worker is out of reach."""
         del is_reset
@@ -77,6 +107,8 @@ class DecodeLink:
 
     def ack_revoke(self, key: Key, epoch: int) -> None:
         """Say that no write of that epoch is outstanding."""
+        if failpoints.hit("kv.ack"):
+            return
         ack = transfer_service_pb2.RevokeAck(key=wire.key_to_wire(key), epoch=epoch)
         self._send(transfer_service_pb2.PrefillMessage(revoke_ack=ack))
 
@@ -129,6 +161,12 @@ class DecodeLink:
 
     def __repr__(self) -> str:
         return f"<DecodeLink {self.number} {self.worker} {self.over_because or 'up'}>"
+
+
+def _answer(done: Done, error: Exception) -> None:
+    """Answer an operation that could not begin, not before its caller is through."""
+    text = f"{type(error).__name__}: {error}"
+    asyncio.get_running_loop().call_soon(done, text)
 
 
 def destination_of(

@@ -25,6 +25,7 @@ COLOURS = {
     "no": "red",
     "suspect": "yellow",
     "draining": "yellow",
+    "outdated": "yellow",
     "new": "yellow",
     "starting": "yellow",
     "dead": "red",

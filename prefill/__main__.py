@@ -6,6 +6,7 @@ import sys
 
 from engine.device.loading import load_executor
 from kvtransfer.transport import make_transport
+from pdserve.edge.history import HistoryFile
 from pdserve.edge.hosting import host
 from pdserve.edge.process import load_config, log_to_stderr, new_incarnation, worker_arguments
 from pdserve.errors import PdserveError
@@ -33,23 +34,26 @@ def main() -> int:
         return 1
     incarnation = new_incarnation()
     try:
-        asyncio.run(
-            host(
-                lambda address: PrefillWorker(
-                    config,
-                    executor,
-                    make_transport(config.transfer),
-                    name=arguments.name,
-                    address=address,
-                    incarnation=incarnation,
-                ),
-                bind_host=arguments.host,
-                port=arguments.port,
-                router_address=arguments.router,
-                ready_file=arguments.ready_file,
-                drain_s=own.drain_s,
+        with HistoryFile(config.history, arguments.name, incarnation) as history:
+            asyncio.run(
+                host(
+                    lambda address: PrefillWorker(
+                        config,
+                        executor,
+                        make_transport(config.transfer),
+                        name=arguments.name,
+                        address=address,
+                        incarnation=incarnation,
+                        history=history,
+                    ),
+                    bind_host=arguments.host,
+                    port=arguments.port,
+                    router_address=arguments.router,
+                    ready_file=arguments.ready_file,
+                    drain_s=own.drain_s,
+                    history=history,
+                )
             )
-        )
     finally:
         executor.close()
     return 0

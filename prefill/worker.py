@@ -4,21 +4,24 @@ No decision is made here.  Messages become calls of the scheduler; its effects b
 of the links and of the sender.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from dataclasses import replace
 
 import grpc
 
 from engine.executor import Executor
 from engine.holdings import Holdings
-from engine.loop import StepLoop
+from engine.loop import Pace, StepLoop
 from engine.step import StepPlan
+from engine.weights import WeightChange
 from kvtransfer.sender import KvSender
 from kvtransfer.transport.base import Transport
-from pdserve import wire
+from pdserve import failpoints, wire
 from pdserve.config import ClusterConfig
 from pdserve.edge.routers import RouterLinks
-from pdserve.errors import Conflict
+from pdserve.ends import EndKind
+from pdserve.history.events import NOTHING, Recorder, block_observer
+from pdserve.history.scribe import Scribe
 from pdserve.request import Key
 from pdserve.status import Audit, Role
 from pdserve.v1 import transfer_service_pb2_grpc, worker_service_pb2
@@ -31,6 +34,8 @@ from prefill.effects import (
     OpenHandoff,
 )
 from prefill.scheduler import PrefillScheduler
+
+logger = logging.getLogger(__name__)
 
 
 class PrefillWorker:
@@ -45,10 +50,18 @@ class PrefillWorker:
         name: str,
         address: str,
         incarnation: int,
-        pace: Callable[[], Awaitable[None]] | None = None,
+        pace: Pace | None = None,
+        history: Recorder = NOTHING,
     ) -> None:
         own = config.prefill
         self._holdings = Holdings(executor, config.kv, config.transfer)
+        self._holdings.pool.observer = block_observer(history)
+        self._scribe = Scribe(
+            history,
+            Role.PREFILL,
+            block_count=executor.memory.block_count,
+            tombstone_s=config.transfer.tombstone_s,
+        )
         self._slots_total = own.sequences_max
         self._scheduler = PrefillScheduler(
             self._holdings.pool,
@@ -72,7 +85,7 @@ class PrefillWorker:
             checksum=config.kv.checksum,
             events=self,
         )
-        self.links = RouterLinks(self)
+        self.links = RouterLinks(self, lease_s=config.lease.router_s, history=history)
         self.info = self._holdings.info(
             name=name,
             role=Role.PREFILL,
@@ -84,12 +97,14 @@ class PrefillWorker:
         self._loop: StepLoop[Effect] = StepLoop(
             self._scheduler,
             executor,
+            role=Role.PREFILL,
             apply=self._apply,
             beat=self._beat,
             beat_interval_s=config.heartbeat.interval_s,
             pace=pace,
             on_layer=self._layer_done,
         )
+        self._weights = WeightChange(executor)
         self.start = self._sender.start
         self.close = self._sender.close
         self.run = self._loop.run
@@ -106,20 +121,26 @@ class PrefillWorker:
     def accept(self, message: worker_service_pb2.RouterMessage) -> bool:
         """Take a submit; say whether the request is now held here."""
         request = wire.request_from_wire(message.submit.request)
+        failpoints.hit("prefill.submit")
+        was_live = self._scheduler.is_live(request.key)
         self._apply(
             self._scheduler.submit(
                 request,
                 decode_worker=message.submit.decode_worker,
-                now_s=_now_s(),
+                now_s=self._loop.now_s,
                 queue_s=message.submit.queue_s_max,
             )
         )
         self._loop.wake()
-        return self._scheduler.is_live(request.key)
+        is_live = self._scheduler.is_live(request.key)
+        if is_live and not was_live:
+            self._scribe.accepted(request, 0)
+        return is_live
 
     def abort(self, key: Key) -> None:
         """End one attempt, in whatever state it is."""
-        self._apply(self._scheduler.abort(key, _now_s()))
+        self._scribe.aborted(key)
+        self._apply(self._scheduler.abort(key, self._loop.now_s))
         self.links.forget(key)
         self._loop.wake()
 
@@ -149,6 +170,7 @@ class PrefillWorker:
 
     async def set_held(self, is_held: bool) -> None:
         """Stop planning steps and wait for those on the device; or go on where it stood."""
+        self._sender.set_held(is_held)
         if is_held:
             await self._loop.hold()
         else:
@@ -156,14 +178,17 @@ class PrefillWorker:
 
     async def prepare_weights(self, path: str) -> str:
         """Load a model folder beside the one in use; return its hash."""
-        raise Conflict(f"{self.info.name} cannot change its weights")
+        return await self._weights.prepare(path)
 
     def commit_weights(self, model_hash: str) -> None:
         """Use what was prepared and drop the prefix cache; the worker is fully idle."""
-        raise Conflict(f"{self.info.name} cannot change its weights")
+        model = self._weights.commit(model_hash)
+        self._holdings.cache.flush()
+        self.info = replace(self.info, model_hash=model.hash, model_name=model.name)
 
     def discard_weights(self) -> None:
         """Forget what was prepared.  Idempotent."""
+        self._weights.discard()
 
     # What the transfer layer says.
 
@@ -174,6 +199,7 @@ class PrefillWorker:
 
     def handoff_ended(self, key: Key, error: str | None) -> None:
         """Take the blocks back: the transfer layer reads them no more."""
+        self._scribe.fenced(key, 0, error)
         self._apply(self._scheduler.handoff_ended(key, error))
         self.links.forget(key)
         self._loop.wake()
@@ -186,29 +212,42 @@ class PrefillWorker:
 
     def _apply(self, effects: tuple[Effect, ...]) -> None:
         for effect in effects:
-            match effect:
-                case OpenHandoff(key, blocks, token_count, computed_count):
-                    self._sender.open(key, blocks, token_count, computed_count)
-                case CompleteHandoff(key, first_token):
-                    self._sender.complete(key, first_token)
-                case CancelHandoff(key):
-                    self._sender.cancel(key)
-                case EmitToken(key, index, sampled, finish):
-                    self.links.token(
-                        key,
-                        index=index,
-                        token=sampled.token,
-                        logprob=sampled.logprob,
-                        top=sampled.top,
-                        finish=finish,
-                    )
-                case Ended(key, kind, message):
-                    self.links.ended(key, 0, kind, message)
+            try:
+                self._carry_out(effect)
+            except AssertionError:
+                raise
+            except Exception as error:
+                self._fail(effect.key, error)
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case OpenHandoff(key, blocks, token_count, computed_count):
+                self._scribe.leased(key, 0, blocks)
+                self._sender.open(key, blocks, token_count, computed_count)
+            case CompleteHandoff(key, first_token):
+                self._sender.complete(key, first_token)
+            case CancelHandoff(key):
+                self._sender.cancel(key)
+            case EmitToken(key, index, sampled, finish):
+                self.links.token(
+                    key,
+                    index=index,
+                    token=sampled.token,
+                    logprob=sampled.logprob,
+                    top=sampled.top,
+                    finish=finish,
+                )
+                self._scribe.said(key, 0, index, sampled.token, finish)
+            case Ended(key, kind, message):
+                self._scribe.ended(key, 0, kind)
+                self.links.ended(key, 0, kind, message)
+
+    def _fail(self, key: Key, error: Exception) -> None:
+        """End the one request that a bug of ours has hit (V11)."""
+        logger.error("event=request_broke request=%r", key, exc_info=error)
+        self.links.ended(key, 0, EndKind.FAILED, f"{type(error).__name__}: {error}")
+        self.abort(key)
 
     def _beat(self) -> None:
         is_idle = self._audit(is_checked=False).is_fully_idle
         self.links.beat(self._holdings.status(self._scheduler, self._loop, is_idle=is_idle))
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()

@@ -7,8 +7,16 @@ import sys
 from pathlib import Path
 
 from pdserve.config import ClusterConfig
-from pdserve.edge.process import load_config, log_to_stderr, stop_signal, write_ready_file
+from pdserve.edge.history import HistoryFile
+from pdserve.edge.process import (
+    load_config,
+    log_to_stderr,
+    new_incarnation,
+    stop_signal,
+    write_ready_file,
+)
 from pdserve.errors import PdserveError
+from pdserve.history.events import Event, Recorder
 from router.core import RouterCore
 from router.http import Listeners
 from router.model_folder import ModelFolder
@@ -18,7 +26,9 @@ CLOSE_S = 3.0  # after a signal, time for answers to leave
 log = logging.getLogger("pdserve.router")
 
 
-async def serve(config: ClusterConfig, ready_file: Path | None) -> None:
+async def serve(
+    config: ClusterConfig, ready_file: Path | None, incarnation: int, history: Recorder
+) -> None:
     """Serve until told to stop; then end what is in flight, within a bounded time."""
     stopped = stop_signal()
     model = ModelFolder.load(config.model.path, config.model.name)
@@ -28,8 +38,17 @@ async def serve(config: ClusterConfig, ready_file: Path | None) -> None:
         config.decode,
         lease=config.lease,
         is_test_build=config.test.enabled,
+        incarnation=incarnation,
+        history=history,
     )
-    listeners = Listeners(core, core, config.router, model, core.metrics.registry)
+    listeners = Listeners(
+        core,
+        core,
+        config.router,
+        model,
+        core.metrics.registry,
+        client_lease_s=config.lease.client_s,
+    )
     try:
         grpc_address = await core.open()
         port, admin_port = await listeners.start()
@@ -47,6 +66,7 @@ async def serve(config: ClusterConfig, ready_file: Path | None) -> None:
         core.end_all()
         await listeners.close(CLOSE_S)
         await core.close()
+    history.record(Event.STOP, in_flight=len(core.table.live))
 
 
 def main() -> int:
@@ -58,8 +78,10 @@ def main() -> int:
     arguments = parser.parse_args()
     config = load_config(arguments)
     log_to_stderr("router")
+    incarnation = new_incarnation()
     try:
-        asyncio.run(serve(config, arguments.ready_file))
+        with HistoryFile(config.history, "router", incarnation) as history:
+            asyncio.run(serve(config, arguments.ready_file, incarnation, history))
     except PdserveError as error:
         log.error("event=failed why=%r", error.message)
         return 1

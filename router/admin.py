@@ -1,4 +1,4 @@
-"""The operators' routes: abort, pause, flush, and looking inside.
+"""The operators' routes: abort, pause, flush, other weights, and looking inside.
 
 An operation goes on when the operator who asked for it hangs up: half a pause is worse than
 a whole one.  Browsers are turned away: nothing here is for a page to call.
@@ -15,9 +15,14 @@ from pdserve.errors import InvalidRequest, NotFound, PdserveError
 from router.api import Control
 from router.connection import Exchange
 from router.openai_fields import Fields, decode_object
+from router.pause import Mode
 
 IDS_MAX = 4096
 FLUSH_S_MAX = 600.0
+PAUSE_S_MAX = 3600.0
+UPDATE_S = 120.0
+UPDATE_S_MAX = 3600.0
+PATH_MAX = 4096
 
 Handler = Callable[[Exchange], Awaitable[None]]
 Operation = Coroutine[Any, Any, Mapping[str, Any]]
@@ -45,6 +50,7 @@ class Admin:
             "/v1/pause": {"POST": _not_from_pages(self._pause)},
             "/v1/resume": {"POST": _not_from_pages(self._resume)},
             "/v1/is_paused": {"GET": self._is_paused},
+            "/v1/update_weights": {"POST": _not_from_pages(self._update_weights)},
             "/flush_cache": {"POST": _not_from_pages(self._flush_cache)},
             "/admin/v1/workers": {"GET": self._workers},
             "/admin/v1/requests": {"GET": self._requests},
@@ -71,13 +77,23 @@ class Admin:
         _answer(exchange, {"aborted": outcome.aborted, "unknown": outcome.unknown})
 
     async def _pause(self, exchange: Exchange) -> None:
-        await self._operate(exchange, self._control.pause())
+        fields = decode_object(exchange.body) if exchange.body else Fields({})
+        timeout_s = fields.number("timeout_s", 0, PAUSE_S_MAX)
+        await self._operate(exchange, self._control.pause(_mode(fields), timeout_s))
 
     async def _resume(self, exchange: Exchange) -> None:
         await self._operate(exchange, self._control.resume())
 
     async def _is_paused(self, exchange: Exchange) -> None:
-        _answer(exchange, {"is_paused": self._control.is_paused})
+        _answer(exchange, self._control.pause_state())
+
+    async def _update_weights(self, exchange: Exchange) -> None:
+        fields = decode_object(exchange.body)
+        path = fields.text("path", PATH_MAX)
+        if not path or "\0" in path:
+            fields.fail("path", path, "a model folder, as the workers see it")
+        timeout_s = fields.number("timeout_s", 1, UPDATE_S_MAX) or UPDATE_S
+        await self._operate(exchange, self._control.update_weights(path, timeout_s))
 
     async def _flush_cache(self, exchange: Exchange) -> None:
         await self._operate(exchange, self._control.flush_cache(_timeout_s(exchange)))
@@ -117,6 +133,16 @@ def _not_from_pages(handler: Handler) -> Handler:
         await handler(exchange)
 
     return checked
+
+
+def _mode(fields: Fields) -> Mode:
+    value = fields.get("mode")
+    if value is None:
+        return Mode.ABORT
+    modes = {mode.value: mode for mode in Mode}
+    if not isinstance(value, str) or value not in modes:
+        fields.fail("mode", value, f"one of {', '.join(modes)}")
+    return modes[value]
 
 
 def _request_ids(fields: Fields) -> list[str] | None:

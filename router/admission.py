@@ -41,17 +41,21 @@ class Admission:
 
     def offer(self, request_id: str, token_count: int, now_s: float) -> Refusal | None:
         """Let a newcomer in, at the end of the queue, or say why not."""
-        assert request_id not in self._arrivals, f"{request_id} was let in before"
         if len(self._queue) >= self._queue_max:
             return self._refuse(f"{len(self._queue)} requests are waiting", now_s)
         # One request may be as long as it likes; it is the crowd that is bounded.
         if self._queue and self._queued_tokens + token_count > self._queue_tokens_max:
             return self._refuse(f"{self._queued_tokens} prompt tokens are waiting", now_s)
+        self.take_over(request_id, token_count)
+        return None
+
+    def take_over(self, request_id: str, token_count: int) -> None:
+        """Let a request in that another router had let in: the bounds are not for it."""
+        assert request_id not in self._arrivals, f"{request_id} was let in before"
         self._arrivals[request_id] = self._arrival_count
         self._tokens[request_id] = token_count
         self._arrival_count += 1
         self.requeue(request_id)
-        return None
 
     def requeue(self, request_id: str) -> None:
         """Put a request back to the place its arrival gives it.  Idempotent."""

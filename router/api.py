@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pdserve.request import FinishReason, SamplingParams
+from router.pause import Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class GenerationSpec:
     ``prompt`` are token ids in the model's vocabulary, checked by the caller.
     ``deadline_s`` is seconds from now, None for the router's own limit.
     ``label`` is the client's x-request-id: shown to people, never used as identity.
+    ``idempotency`` names it for a retry that may come by another router; empty: never.
     ``is_probe`` keeps it out of metrics, logs and the list of the ended.
     """
 
@@ -29,6 +31,7 @@ class GenerationSpec:
     cache_salt: bytes = b""
     deadline_s: float | None = None
     label: str = ""
+    idempotency: bytes = b""
     is_probe: bool = False
 
 
@@ -85,6 +88,17 @@ class Generator(Protocol):
         """
         ...
 
+    async def recall(self, idempotencies: Sequence[bytes]) -> None:
+        """Wait until it is known, or too late to know, whether these began under another router.
+
+        They are all of one call; ``start`` then takes over what began.
+
+        Raises:
+            Conflict: their key was used for another body.
+
+        """
+        ...
+
     @property
     def is_ready(self) -> str | None:
         """None when requests can be served, else the reason they cannot."""
@@ -122,17 +136,42 @@ class Control(Protocol):
         """End requests with their partial output; None ends all (V8)."""
         ...
 
-    async def pause(self) -> Mapping[str, Any]:
-        """Refuse new, abort all with partial results, wait for idle, bounded (V9)."""
+    async def pause(
+        self, mode: Mode = Mode.ABORT, timeout_s: float | None = None
+    ) -> Mapping[str, Any]:
+        """Refuse new requests, and end the others or stop them in place, bounded (V9).
+
+        ``timeout_s`` None is the configured time.  Whoever asks for what is under way waits
+        with it.
+
+        Raises:
+            Conflict: paused, or being paused, in a stricter mode.
+
+        """
         ...
 
     async def resume(self) -> Mapping[str, Any]:
-        """Take requests again.  Idempotent."""
+        """Take requests again, and let kept ones go on; cancels a pause.  Idempotent."""
         ...
 
     @property
     def is_paused(self) -> bool:
-        """True only when paused *and* idle."""
+        """True only when nothing is in flight or, kept, every worker stands still."""
+        ...
+
+    def pause_state(self) -> Mapping[str, Any]:
+        """Say whether the cluster serves, since when, and what is in flight."""
+        ...
+
+    async def update_weights(self, path: str, timeout_s: float) -> Mapping[str, Any]:
+        """Change the weights of every worker to those of another model folder.
+
+        Raises:
+            Conflict: not paused and idle, or workers do not agree; nothing has changed.
+            InvalidRequest: the folder cannot be used; names file and field; nothing has changed.
+            Expired, PeerLost: a worker did not answer; nothing has changed.
+
+        """
         ...
 
     async def flush_cache(self, timeout_s: float) -> Mapping[str, Any]:

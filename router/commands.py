@@ -26,6 +26,14 @@ class SendReserve:
 
 
 @dataclass(frozen=True, slots=True)
+class SendAdopt:
+    """Have ``worker`` say again what it kept of the attempt, and go on telling us."""
+
+    worker: str
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
 class SendAbort:
     """Have ``worker`` let go of the attempt, whatever it is doing for it."""
 
@@ -57,4 +65,4 @@ class End:
     error: Exception | None
 
 
-Command = SendSubmit | SendReserve | SendAbort | Emit | Requeue | End
+Command = SendSubmit | SendReserve | SendAdopt | SendAbort | Emit | Requeue | End

@@ -13,19 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pdserve.clock import WorkClock
 from pdserve.config import DecodeConfig, HeartbeatConfig, LeaseConfig, RouterConfig
 from pdserve.edge.rpc import GRPC, Network
 from pdserve.errors import InvalidRequest, PdserveError, RemoteProtocolError, Unavailable
+from pdserve.history.events import NOTHING, Event, Recorder
 from pdserve.request import FinishReason
 from pdserve.status import Role, WorkerInfo, WorkerStatus
 from pdserve.v1 import types_pb2, worker_service_pb2
 from pdserve.wire import end_kind_from_wire, finish_from_wire
 from router.api import AbortOutcome, GenerationSpec, OutputToken
+from router.description import describe
 from router.fleet import Fleet
 from router.generation import LiveGeneration
+from router.heritage import Heritage
 from router.journey import Journey
 from router.metrics import RouterMetrics
 from router.operations import Operations
+from router.pause import Mode
 from router.placement import Reason, length_max
 from router.table import RequestTable
 from router.view import GONE, Change, FleetView, WorkerState
@@ -49,7 +54,11 @@ class RouterCore:
         is_test_build: bool = False,
         rng: random.Random | None = None,
         network: Network = GRPC,
+        incarnation: int | None = None,
+        history: Recorder = NOTHING,
     ) -> None:
+        history.record(Event.START, role="router")
+        self._history = history
         self._lease = lease or LeaseConfig()
         self._is_test_build = is_test_build
         rng = rng or secrets.SystemRandom()  # request ids are made of it: nobody may guess one
@@ -62,10 +71,12 @@ class RouterCore:
             self,
             host=router.grpc_host,
             port=router.grpc_port,
-            incarnation=rng.getrandbits(64),
+            incarnation=rng.getrandbits(64) if incarnation is None else incarnation,
             network=network,
         )
         self.view = FleetView(heartbeat)
+        # Of requests, and of nothing else: workers are watched by the event loop's clock.
+        self.clock = WorkClock(_now_s)
         self.table = RequestTable(
             router,
             decode,
@@ -74,22 +85,34 @@ class RouterCore:
             pump_soon=self._pump_soon,
             metrics=self.metrics,
             rng=rng,
+            history=history,
         )
-        self._operations = Operations(self, pause_s=router.pause_s, clock=_now_s)
+        self.heritage = Heritage(self.table, self.view, send=self.fleet.send, clock=_now_s)
+        self._operations = Operations(
+            self,
+            pause_s=router.pause_s,
+            clock=_now_s,
+            pump_soon=self._pump_soon,
+            follow=self._follow,
+        )
 
     # Life.
 
     async def open(self) -> str:
         """Listen for workers; return the address they register at."""
         address = await self.fleet.start()
+        self.heritage.open()
         self._timer = asyncio.create_task(self._tick_for_ever(), name="router timer")
         return address
 
     def end_all(self) -> None:
-        """Let nobody in, and end every request with an error.  Idempotent."""
+        """Let nobody in, and end every request with an error.  Idempotent.
+
+        Workers keep those with an idempotency name for the router that comes next.
+        """
         self.refuse("shutting down", "draining")
         fault = Unavailable("the router is shutting down", reason="draining")
-        self.table.step_all(Journey.fail, fault, now_s=_now_s())
+        self.table.step_all(Journey.leave, fault, now_s=self.clock.now_s)
 
     async def close(self) -> None:
         """End every request, then every link.  Idempotent."""
@@ -99,6 +122,7 @@ class RouterCore:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._timer
             self._timer = None
+        await self._operations.close()
         await self.fleet.close()
 
     async def _tick_for_ever(self) -> None:
@@ -114,7 +138,7 @@ class RouterCore:
                     log.warning("event=router_stood_still for_s=%.2f", late_s)
                     self.view.excuse(late_s, now_s)
                 self._follow(self.view.tick(now_s))
-                self.table.tick(now_s)
+                self.table.tick(self.clock.now_s)
             except Exception:
                 log.exception("event=tick_failed")
 
@@ -125,18 +149,26 @@ class RouterCore:
 
     def _pump(self) -> None:
         self._is_pump_due = False
-        self.table.pump(_now_s())
+        self.table.pump(self.clock.now_s)
 
     # Generator.
 
     def start(self, spec: GenerationSpec) -> LiveGeneration:
         """Admit one sequence; raises what ``router.api.Generator`` says."""
         try:
+            self._require_accepting()
+            claim = self.heritage.take(spec.idempotency)
+            if claim is not None:
+                return self.table.inherit(claim, spec, self.stop, self.clock.now_s)
             self._require_open()
-            return self.table.admit(self._clipped(spec), self.stop, _now_s())
+            return self.table.admit(self._clipped(spec), self.stop, self.clock.now_s)
         except PdserveError as error:
             self.metrics.refusals.labels(error.reason).inc()
             raise
+
+    async def recall(self, idempotencies: Sequence[bytes]) -> None:
+        """Wait until it is known whether these began under another router."""
+        await self.heritage.recall(idempotencies)
 
     @property
     def is_ready(self) -> str | None:
@@ -156,10 +188,13 @@ class RouterCore:
             for role in Role
         )
 
-    def _require_open(self) -> None:
+    def _require_accepting(self) -> None:
         if self._refusing is not None:
             why, reason = self._refusing
             raise Unavailable(f"the router is {why}", reason=reason, retry_after_s=1)
+
+    def _require_open(self) -> None:
+        self._require_accepting()
         kinds: dict[Role, set[tuple[str, str]]] = {role: set() for role in Role}
         for info in self.view.ready():
             kinds[info.role].add((info.model_hash, info.kv_layout_hash))
@@ -193,14 +228,16 @@ class RouterCore:
 
     def stop(self, request_id: str, reason: FinishReason, why: str) -> bool:
         """End a request with what it has emitted; False when it is not alive."""
-        return self.table.step(request_id, Journey.stop, reason, why, now_s=_now_s())
+        return self.table.step(request_id, Journey.stop, reason, why, now_s=self.clock.now_s)
 
     def refuse(self, why: str, reason: str) -> None:
         """Let nobody in from now on."""
+        self._history.record(Event.PAUSE, why=why)
         self._refusing = (why, reason)
 
     def accept(self) -> None:
         """Let requests in again."""
+        self._history.record(Event.UNPAUSE)
         self._refusing = None
 
     # Gauges.
@@ -233,7 +270,13 @@ class RouterCore:
     # What the fleet says.
 
     def refusal(self, info: WorkerInfo) -> str | None:
-        """Say why a worker may not join: one endpoint serves one model."""
+        """Say why a worker may not join: one endpoint serves one model, and no faults on purpose."""
+        if info.is_test_build != self._is_test_build:
+            seen = "a test build" if info.is_test_build else "no test build"
+            wanted = "one" if self._is_test_build else "none"
+            return f"{info.name} is {seen}; wanted {wanted} (test.enabled), as the router is"
+        if self.view.model_hash is not None:
+            return None  # it will be brought up to date before it gets any request
         for name, belief in self.view.beliefs.items():
             ours = belief.info.model_hash
             if name != info.name and belief.is_linked and info.model_hash != ours:
@@ -243,14 +286,26 @@ class RouterCore:
 
     def linked(self, info: WorkerInfo) -> None:
         """Note a new link."""
+        incarnation_hex = f"{info.incarnation:x}"
+        self._history.record(Event.LINK_UP, peer=info.name, incarnation=incarnation_hex)
         self._follow(self.view.linked(info, _now_s()))
+        self._operations.linked(info)
 
     def heard(self, name: str, status: WorkerStatus) -> None:
         """Take a heartbeat."""
         self._follow(self.view.heard(name, status, _now_s()))
+        self._operations.heard(name, status)
+
+    def leased(self, name: str, leases: Sequence[worker_service_pb2.Lease]) -> None:
+        """Take what a worker kept for a router that is gone."""
+        self.heritage.offered(name, leases, self.clock.now_s)
 
     def lost(self, name: str, why: str) -> None:
         """Note the end of a link: whatever was there is resumed, now."""
+        belief = self.view.beliefs.get(name)
+        incarnation_hex = "" if belief is None else f"{belief.info.incarnation:x}"
+        self._history.record(Event.LINK_DOWN, peer=name, incarnation=incarnation_hex, why=why)
+        self.heritage.lost(name)
         log.warning("event=link_lost worker=%s why=%r", name, why)
         self._follow(self.view.lost(name, _now_s()))
 
@@ -261,8 +316,8 @@ class RouterCore:
 
     def output(self, name: str, output: worker_service_pb2.StepOutput) -> None:
         """Take what happened to requests at a worker since its last message."""
-        now_s = _now_s()
-        self.view.spoke(name, now_s)
+        self.view.spoke(name, _now_s())
+        now_s = self.clock.now_s
         # In this order: a token may be the last one, and nothing follows an end.
         for landed in output.landed:
             self._step(Journey.landed, name, landed.key, landed.epoch, now_s=now_s)
@@ -301,7 +356,7 @@ class RouterCore:
                 change.after.value,
             )
             if change.after in GONE:
-                self.table.step_all(Journey.worker_lost, change.name, now_s=_now_s())
+                self.table.step_all(Journey.worker_lost, change.name, now_s=self.clock.now_s)
             if change.after is WorkerState.READY:
                 self._pump_soon()
 
@@ -313,14 +368,14 @@ class RouterCore:
 
     def requests(self) -> Sequence[Mapping[str, Any]]:
         """List live requests, oldest first."""
-        now_s = _now_s()
-        return [journey.describe(now_s) for journey in self.table.live.values()]
+        now_s = self.clock.now_s
+        return [describe(journey, now_s) for journey in self.table.live.values()]
 
     def request(self, request_id: str) -> Mapping[str, Any] | None:
         """Describe one request, live or recently ended."""
         journey = self.table.live.get(request_id)
         if journey is not None:
-            return journey.describe(_now_s())
+            return describe(journey, self.clock.now_s)
         return self.table.ended.get(request_id)
 
     async def audit(self) -> Mapping[str, Any]:
@@ -331,18 +386,28 @@ class RouterCore:
         """End requests with their partial output; None ends all (V8)."""
         return self._operations.abort(request_ids)
 
-    async def pause(self) -> Mapping[str, Any]:
-        """Refuse new, abort all with partial results, wait for idle, bounded (V9)."""
-        return await self._operations.pause()
+    async def pause(
+        self, mode: Mode = Mode.ABORT, timeout_s: float | None = None
+    ) -> Mapping[str, Any]:
+        """Refuse new requests, and end the others or stop them in place, bounded (V9)."""
+        return await self._operations.pause(mode, timeout_s)
 
     async def resume(self) -> Mapping[str, Any]:
-        """Take requests again.  Idempotent."""
+        """Take requests again, and let kept ones go on.  Idempotent."""
         return await self._operations.resume()
 
     @property
     def is_paused(self) -> bool:
-        """True only when paused and idle."""
+        """True only when nothing is in flight or, kept, every worker stands still."""
         return self._operations.is_paused
+
+    def pause_state(self) -> Mapping[str, Any]:
+        """Say whether the cluster serves, and what is in flight."""
+        return self._operations.pause_state()
+
+    async def update_weights(self, path: str, timeout_s: float) -> Mapping[str, Any]:
+        """Change the weights of every worker, while paused and idle."""
+        return await self._operations.update_weights(path, timeout_s)
 
     async def flush_cache(self, timeout_s: float) -> Mapping[str, Any]:
         """Drop every prefix cache; raises ``Conflict`` naming what is in flight."""

@@ -8,13 +8,20 @@ there and resumed here, at once.  Another incarnation under a known name ends th
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import grpc
 
 from pdserve import __version__
 from pdserve.edge.rpc import GRPC, Network, fault_of
-from pdserve.errors import InvalidConfig, PdserveError, PeerLost, RemoteProtocolError
+from pdserve.errors import (
+    Expired,
+    InvalidConfig,
+    PdserveError,
+    PeerLost,
+    RemoteProtocolError,
+)
 from pdserve.status import Audit, WorkerInfo, WorkerStatus
 from pdserve.v1 import (
     router_service_pb2,
@@ -52,6 +59,10 @@ class FleetEvents(Protocol):
 
     def output(self, name: str, output: worker_service_pb2.StepOutput) -> None:
         """Take what happened to requests."""
+        ...
+
+    def leased(self, name: str, leases: Sequence[worker_service_pb2.Lease]) -> None:
+        """Take what a worker kept for a router that is gone."""
         ...
 
     def lost(self, name: str, why: str) -> None:
@@ -96,6 +107,10 @@ class _Peer:
             self.cut()
             return False
         return True
+
+    async def sent(self) -> None:
+        """Wait until all that was queued for the present link is on its way."""
+        await self._outbox.join()
 
     def cut(self) -> None:
         """End the present link; it is dialled again."""
@@ -214,6 +229,8 @@ class _Peer:
         match message.WhichOneof("body"):
             case "output":
                 self._events.output(name, message.output)
+            case "leases":
+                self._events.leased(name, message.leases.leases)
             case "status":
                 self._events.heard(name, status_from_wire(message.status))
             case other:
@@ -221,8 +238,10 @@ class _Peer:
 
     async def _write(self, call: Any) -> str:
         try:
+            outbox = self._outbox
             while True:
-                await call.write(await self._outbox.get())
+                await call.write(await outbox.get())
+                outbox.task_done()
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             return f"write failed: {error.__class__.__name__}"
 
@@ -329,10 +348,10 @@ class Fleet(router_service_pb2_grpc.RouterServiceServicer):
         if peer is not None:
             peer.cut()
 
-    async def audit(self, name: str) -> Audit:
+    async def audit(self, name: str, timeout_s: float | None = None) -> Audit:
         """Have a worker count all it holds; raises ``PeerLost``, ``Expired``."""
         request = worker_service_pb2.GetAuditRequest()
-        return audit_from_wire(await self._call(name, "GetAudit", request))
+        return audit_from_wire(await self._call(name, "GetAudit", request, timeout_s))
 
     async def flush_cache(self, name: str) -> int:
         """Drop a worker's prefix cache; raises ``Conflict`` while anything is in flight."""
@@ -345,12 +364,34 @@ class Fleet(router_service_pb2_grpc.RouterServiceServicer):
         request = worker_service_pb2.SetDrainingRequest(draining=is_draining)
         await self._call(name, "SetDraining", request)
 
-    async def _call(self, name: str, method: str, request: Any) -> Any:
+    async def hold(self, name: str, is_held: bool, timeout_s: float) -> None:
+        """Have a worker stand still, with no step in flight, or go on."""
+        request = worker_service_pb2.SetHoldRequest(held=is_held)
+        await self._call(name, "SetHold", request, timeout_s)
+
+    async def update_weights(
+        self, name: str, request: worker_service_pb2.UpdateWeightsRequest, timeout_s: float
+    ) -> str:
+        """Have a worker take one step of changing its weights; return the hash it answers with."""
+        answer = await self._call(name, "UpdateWeights", request, timeout_s)
+        return str(answer.model_hash)
+
+    async def _call(
+        self, name: str, method: str, request: Any, timeout_s: float | None = None
+    ) -> Any:
+        """Call a worker, behind everything that was queued for it: it answers knowing that."""
         peer = self._peers.get(name)
         if peer is None or peer.stub is None:
             raise PeerLost(f"{name}: no link")
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + (CALL_S if timeout_s is None else timeout_s)
+        stub = peer.stub
         try:
-            return await getattr(peer.stub, method)(request, timeout=CALL_S)
+            async with asyncio.timeout_at(until_s):
+                await peer.sent()
+            return await getattr(stub, method)(request, timeout=until_s - loop.time())
+        except TimeoutError:
+            raise Expired(f"{name}: does not read what it is sent") from None
         except grpc.RpcError as error:
             raise fault_of(error, name) from None
         except asyncio.CancelledError:

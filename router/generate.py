@@ -1,7 +1,8 @@
 """The two generating endpoints: from a checked body to generations and their answer.
 
 A call is all or nothing: its generations start together, the first fault ends the others,
-and whoever leaves takes them along.  Nothing of a stream is sent before the first output is
+and whoever leaves takes them along; unless the call has an Idempotency-Key, for then others
+may read it too.  Nothing of a stream is sent before the first output is
 there, so that a request that cannot be served gets a proper status.
 """
 
@@ -23,6 +24,15 @@ from router import sse
 from router.api import Generation, GenerationSpec, Generator, OutputEnd
 from router.choice import Choice, Piece
 from router.connection import Exchange
+from router.idempotency import (
+    HEADER,
+    REPLAY_HEADER,
+    Idempotency,
+    digest_of,
+    idempotency_of,
+    key_of,
+    name_of,
+)
 from router.model_folder import ModelFolder
 from router.openai import Call, parse_chat, parse_completion
 from router.openai_answers import chat_logprobs, completion_logprobs, usage
@@ -61,9 +71,16 @@ class Generate:
     """Serves /v1/completions and /v1/chat/completions; owns no threads, borrows ``executor``."""
 
     def __init__(
-        self, generator: Generator, model: ModelFolder, *, executor: Executor, rng: random.Random
+        self,
+        generator: Generator,
+        model: ModelFolder,
+        *,
+        executor: Executor,
+        rng: random.Random,
+        idempotency: Idempotency,
     ) -> None:
         self._generator = generator
+        self._idempotency = idempotency
         self._model = model
         self._executor = executor
         self._rng = rng
@@ -102,20 +119,63 @@ class Generate:
     async def _serve(
         self, exchange: Exchange, kind: sse.Kind, call: Call, prompts: Sequence[tuple[int, ...]]
     ) -> None:
+        key = key_of(exchange.headers.get(HEADER))
         specs = [
             self._spec(exchange, call, prompt, at)
             for prompt in prompts
             for at in range(call.choice_count)
         ]
-        runs: list[_Run] = []
+        answer = _Answer(exchange, kind, call, self._model, sum(map(len, prompts)))
+        if key is None:
+            await self._tell(answer, call, specs, self._started(specs))
+            return
+        # Keys are the whole cluster's: a tenant would be mixed in here.
+        name, digest = name_of("", key), digest_of(exchange.path, exchange.body)
+        specs = [
+            replace(spec, idempotency=idempotency_of(name, digest, index))
+            for index, spec in enumerate(specs)
+        ]
+        async with self._idempotency.reading(name, digest, lambda: self._begun(specs)) as reading:
+            generations = await reading.generations()
+            answer.repeats(created=reading.created, is_replay=reading.is_replay)
+            await self._tell(answer, call, specs, generations)
+
+    async def _begun(self, specs: Sequence[GenerationSpec]) -> Sequence[Generation]:
+        """Start what a router before this one has not; its workers may have it yet."""
+        await self._generator.recall([spec.idempotency for spec in specs])
+        return self._started(specs)
+
+    def _started(self, specs: Sequence[GenerationSpec]) -> Sequence[Generation]:
+        generations: list[Generation] = []
         try:
-            for index, spec in enumerate(specs):
-                choice = Choice(
-                    index, self._model.codec, stops=call.stops, min_tokens=call.min_tokens
-                )
-                runs.append(_Run(self._generator.start(spec), choice, spec.prompt))
-            answer = _Answer(exchange, kind, call, self._model, runs, sum(map(len, prompts)))
-            await (answer.stream() if call.is_stream else answer.collect())
+            # Not a comprehension: those that started before a fault must be known.
+            for spec in specs:
+                generations.append(self._generator.start(spec))  # noqa: PERF401
+        except BaseException:
+            for generation in generations:
+                generation.abandon()
+            raise
+        return generations
+
+    async def _tell(
+        self,
+        answer: "_Answer",
+        call: Call,
+        specs: Sequence[GenerationSpec],
+        generations: Sequence[Generation],
+    ) -> None:
+        """Bring all generations to their end, or give them up together."""
+        codec = self._model.codec
+        runs = [
+            _Run(
+                generation,
+                Choice(index, codec, stops=call.stops, min_tokens=call.min_tokens),
+                spec.prompt,
+            )
+            for index, (generation, spec) in enumerate(zip(generations, specs, strict=True))
+        ]
+        try:
+            await (answer.stream(runs) if call.is_stream else answer.collect(runs))
         finally:
             for run in runs:
                 if not run.choice.is_done:
@@ -161,7 +221,6 @@ class _Answer:
         kind: sse.Kind,
         call: Call,
         model: ModelFolder,
-        runs: Sequence[_Run],
         prompt_tokens: int,
     ) -> None:
         self._exchange = exchange
@@ -169,22 +228,33 @@ class _Answer:
         self._kind: sse.Kind = kind
         self._call = call
         self._model = model
-        self._runs = runs
         self._prompt_tokens = prompt_tokens
         self._created = int(time.time())
+        self._extra: dict[str, str] = {}
+
+    def repeats(self, *, created: int, is_replay: bool) -> None:
+        """Tell an execution that others were told too, or will be."""
+        self._created = created
+        if is_replay:
+            self._extra = {REPLAY_HEADER: "true"}
+
+    def _id(self, runs: Sequence[_Run]) -> str:
         prefix = "chatcmpl" if self._is_chat else "cmpl"
-        self._id = f"{prefix}-{runs[0].generation.request_id}"
-        self._headers = {
-            "x-request-id": exchange.request_id,
+        return f"{prefix}-{runs[0].generation.request_id}"
+
+    def _headers(self, runs: Sequence[_Run]) -> dict[str, str]:
+        return {
+            "x-request-id": self._exchange.request_id,
             IDS_HEADER: ",".join(run.generation.request_id for run in runs),
+            **self._extra,
         }
 
-    async def stream(self) -> None:
+    async def stream(self, runs: Sequence[_Run]) -> None:
         """Send every piece as it comes; the head leaves with the first one."""
         exchange, call = self._exchange, self._call
         chunks = sse.Chunks(
             self._kind,
-            answer_id=self._id,
+            answer_id=self._id(runs),
             created=self._created,
             model=self._model.name,
             codec=self._model.codec,
@@ -195,35 +265,35 @@ class _Answer:
 
         async def emit(run: _Run, piece: Piece) -> None:
             if not exchange.has_begun:
-                exchange.begin(200, {**self._headers, **sse.HEADERS})
+                exchange.begin(200, {**self._headers(runs), **sse.HEADERS})
             chunk = chunks.chunk(run.choice.index, piece, run.prompt)
             if chunk:
                 await exchange.send(chunk)
 
-        await _drive(self._runs, emit)
-        last = chunks.usage(self._usage()) if call.wants_usage else b""
+        await _drive(runs, emit)
+        last = chunks.usage(self._usage(runs)) if call.wants_usage else b""
         await exchange.send(last + sse.DONE)
         exchange.finish()
 
-    async def collect(self) -> None:
+    async def collect(self, runs: Sequence[_Run]) -> None:
         """Answer once, when all choices have ended."""
-        pieces: list[list[Piece]] = [[] for _ in self._runs]
+        pieces: list[list[Piece]] = [[] for _ in runs]
 
         async def emit(run: _Run, piece: Piece) -> None:
             pieces[run.choice.index].append(piece)
 
-        await _drive(self._runs, emit)
+        await _drive(runs, emit)
         body: dict[str, Any] = {
-            "id": self._id,
+            "id": self._id(runs),
             "object": "chat.completion" if self._is_chat else "text_completion",
             "created": self._created,
             "model": self._model.name,
-            "choices": [self._choice(run, pieces[run.choice.index]) for run in self._runs],
-            "usage": self._usage(),
+            "choices": [self._choice(run, pieces[run.choice.index]) for run in runs],
+            "usage": self._usage(runs),
         }
         if self._call.wants_token_ids and self._is_chat:
-            body["prompt_token_ids"] = self._runs[0].prompt
-        self._exchange.answer(200, json.encode(body), {**self._headers, **JSON_HEADERS})
+            body["prompt_token_ids"] = runs[0].prompt
+        self._exchange.answer(200, json.encode(body), {**self._headers(runs), **JSON_HEADERS})
 
     def _choice(self, run: _Run, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
@@ -248,8 +318,8 @@ class _Answer:
                 choice["prompt_token_ids"] = run.prompt
         return choice
 
-    def _usage(self) -> dict[str, int]:
-        return usage(self._prompt_tokens, sum(run.choice.token_count for run in self._runs))
+    def _usage(self, runs: Sequence[_Run]) -> dict[str, int]:
+        return usage(self._prompt_tokens, sum(run.choice.token_count for run in runs))
 
 
 async def _drive(runs: Sequence[_Run], emit: Emit) -> None:

@@ -25,6 +25,7 @@ from router.admin import Admin
 from router.api import Control, Generator
 from router.connection import Bounds, Connection, Exchange
 from router.generate import JSON_HEADERS, Generate
+from router.idempotency import Idempotency
 from router.model_folder import ModelFolder
 from router.openai_answers import error_body, error_object
 from router.probe import probe
@@ -48,7 +49,8 @@ class Listeners:
     """Both listeners and their connections.
 
     ``model`` is what the public endpoint serves; ``registry`` is shown under /metrics and
-    gets the listeners' own counter.
+    gets the listeners' own counter.  ``client_lease_s`` is how long a call with an
+    Idempotency-Key goes on without a client.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Listeners:
         config: RouterConfig,
         model: ModelFolder,
         registry: CollectorRegistry,
+        *,
+        client_lease_s: float = 5.0,
     ) -> None:
         self._generator = generator
         self._config = config
@@ -73,8 +77,15 @@ class Listeners:
             ["listener", "route", "status"],
             registry=registry,
         )
+        self._idempotency = Idempotency(
+            client_s=client_lease_s, kept_s=config.idempotency_s, kept_max=config.idempotency_max
+        )
         generate = Generate(
-            generator, model, executor=self._executor, rng=random.Random(secrets.randbits(64))
+            generator,
+            model,
+            executor=self._executor,
+            rng=random.Random(secrets.randbits(64)),
+            idempotency=self._idempotency,
         )
         watched: Routes = {
             "/livez": {"GET": self._live},
@@ -120,6 +131,7 @@ class Listeners:
         if left:
             await asyncio.wait(left, timeout=drain_s + 1)
         await asyncio.sleep(0)  # a cut connection learns of it in the loop's next round
+        await self._idempotency.close()
         await self._admin.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 

@@ -11,15 +11,22 @@ user has.
 """
 
 from collections import Counter
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any
 
 from pdserve.ends import EndKind
 from pdserve.errors import Expired, PdserveError, PeerLost
 from pdserve.request import FinishReason, Key, Request
 from router.api import GenerationSpec, OutputToken
-from router.commands import Command, Emit, End, Requeue, SendAbort, SendReserve, SendSubmit
+from router.commands import (
+    Command,
+    Emit,
+    End,
+    Requeue,
+    SendAbort,
+    SendAdopt,
+    SendReserve,
+    SendSubmit,
+)
+from router.legs import Leg, Limits, Want
 from router.transitions import TRANSITIONS, Event, State
 
 AHEAD_MAX = 256
@@ -33,31 +40,6 @@ COOL_S_MAX = 1.0
 # Ends of a leg that say nothing against the request or the worker: they cost no attempt of
 # the budget, and are bounded by the request's deadline.
 _HARMLESS = frozenset({EndKind.DECLINED, EndKind.PREEMPTED, EndKind.DRAINED})
-
-
-class Want(Enum):
-    """What a journey needs of placement."""
-
-    PAIR = "pair"
-    DECODE = "decode"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of one journey; seconds are lengths, not times."""
-
-    queue_s: float
-    first_token_s: float
-    stall_s: float
-    attempts_max: int
-
-
-@dataclass(slots=True)
-class Leg:
-    """One attempt at one worker; open until it ended by itself or was told to."""
-
-    worker: str
-    is_open: bool = True
 
 
 class Journey:
@@ -87,6 +69,7 @@ class Journey:
         self.prefill: Leg | None = None
         self.decode: Leg | None = None
         self.is_landed = False
+        self.is_adopted = False  # this attempt began under another router
         self.avoided: set[str] = set()
         self.created_s = self.queued_s = now_s
         self.dispatched_s: float | None = None  # of this attempt
@@ -180,6 +163,48 @@ class Journey:
         self._note(now_s, f"decode leg moved to {decode}, epoch {self.epoch}")
         return (SendReserve(decode, self._request, self.epoch, self.prefill.worker),)
 
+    # What a router before this one left.
+
+    def inherit(self, attempt: int, emitted: tuple[int, ...], now_s: float) -> tuple[Command, ...]:
+        """Begin where another router left off: in ``attempt``, behind ``emitted``."""
+        assert self.state is State.QUEUED, f"{self!r} began here already"
+        self.attempt = attempt
+        self.emitted = list(emitted)
+        self._first_index = len(emitted)
+        self._note(now_s, f"inherited in attempt {attempt}, behind token {len(emitted)}")
+        known = tuple(OutputToken(index, token, 0.0, ()) for index, token in enumerate(emitted))
+        return (Emit(known),) if known else ()
+
+    def adopt(
+        self,
+        prefill: str,
+        decode: str,
+        epoch: int,
+        model_hash: str,
+        keepers: tuple[str, ...],
+        now_s: float,
+    ) -> tuple[Command, ...]:
+        """Go on with this pair's legs: ``keepers`` say again all they said of the attempt."""
+        assert decode in keepers, "nobody has the rest of the tokens"
+        if not self._moves(Event.ADOPTED):
+            return ()
+        self.is_adopted = True
+        self.model_hash, self.epoch = model_hash, epoch
+        self.prefill, self.decode = Leg(prefill), Leg(decode)
+        self._request = self._renewed()
+        self.dispatched_s = self.heard_s = now_s
+        self._note(now_s, f"adopted from {' and '.join(keepers)}, epoch {epoch}")
+        return tuple(SendAdopt(worker, self.key) for worker in keepers)
+
+    def offered(self, worker: str, attempt: int, now_s: float) -> tuple[Command, ...]:
+        """Take note that a worker kept a leg, which was not known when this one was claimed."""
+        leg = self.prefill
+        is_missed = leg is not None and leg.is_open and leg.worker == worker
+        if self.is_adopted and is_missed and attempt == self.attempt:
+            self._note(now_s, f"adopted from {worker} too")
+            return (SendAdopt(worker, self.key),)
+        return (SendAbort(worker, Key(self.request_id, attempt), "another attempt runs"),)
+
     # What workers say.
 
     def token(
@@ -233,7 +258,9 @@ class Journey:
         is_decode = self._is_decode(worker)
         leg = self.decode if is_decode else self.prefill
         assert leg is not None, "the leg of an own message exists"
-        if (is_decode and epoch != self.epoch) or not leg.is_open:
+        # An adopted leg is never moved: another epoch is a refusal, which knows none.
+        is_stale = is_decode and epoch != self.epoch and not self.is_adopted
+        if is_stale or not leg.is_open:
             self._dropped["late_end"] += 1
             return ()
         leg.is_open = False
@@ -242,7 +269,8 @@ class Journey:
         if kind is EndKind.FAILED:
             error = PdserveError(f"{worker}: {message}", reason="generation_failed")
             return self._end(Event.FAILED, FinishReason.ERROR, error, now_s)
-        if kind is EndKind.DECLINED and is_decode and not self.is_landed:
+        is_seat = is_decode and not self.is_landed and not self.is_adopted
+        if kind is EndKind.DECLINED and is_seat:
             self._cool(worker, now_s)
             self.decode = None
             self._ahead.clear()
@@ -280,6 +308,14 @@ class Journey:
         if self.state is State.ENDED:
             return ()
         return self._end(Event.FAILED, FinishReason.ERROR, error, now_s)
+
+    def leave(self, error: PdserveError, now_s: float) -> tuple[Command, ...]:
+        """End it with an error because the router goes; the next one may adopt its legs."""
+        if self.spec.idempotency:
+            for leg in (self.prefill, self.decode):
+                if leg is not None:
+                    leg.is_open = False
+        return self.fail(error, now_s)
 
     def tick(self, now_s: float) -> tuple[Command, ...]:
         """Let time pass: each waiting state has its own deadline (V10)."""
@@ -319,6 +355,7 @@ class Journey:
             stop_tokens=spec.stop_tokens,
             sampling=spec.sampling,
             cache_salt=spec.cache_salt,
+            idempotency=spec.idempotency,
         )
 
     def _moves(self, event: Event) -> bool:
@@ -398,7 +435,7 @@ class Journey:
         self.attempt += 1
         self.epoch = 0
         self.prefill = self.decode = None
-        self.is_landed = False
+        self.is_landed = self.is_adopted = False
         self._ahead.clear()
         self.queued_s = now_s
         self._note(now_s, f"resumed behind token {len(self.emitted)}: {cause}")
@@ -425,32 +462,6 @@ class Journey:
         if len(self.history) >= HISTORY_MAX:
             self.history.pop()
         self.history.append((now_s, what))
-
-    def describe(self, now_s: float) -> dict[str, Any]:
-        """Tell what people may know of it: no prompt, no output."""
-        ending = self.ending
-        error = None if ending is None or ending.error is None else str(ending.error)
-        return {
-            "request_id": self.request_id,
-            "label": self.spec.label,
-            "state": self.state.value,
-            "attempt": self.attempt,
-            "epoch": self.epoch,
-            "failure_count": self.failure_count,
-            "prompt_tokens": len(self.spec.prompt),
-            "output_tokens": len(self.emitted),
-            "output_tokens_max": self.spec.output_tokens_max,
-            "prefill_worker": self.prefill.worker if self.prefill else None,
-            "decode_worker": self.decode.worker if self.decode else None,
-            "landed": self.is_landed,
-            "age_s": round((self.ended_s or now_s) - self.created_s, 6),
-            "finish_reason": None if ending is None else ending.reason.value,
-            "error": error,
-            "stages": [
-                {"at_s": round(at_s - self.created_s, 6), "what": what}
-                for at_s, what in self.history
-            ],
-        }
 
     def check(self) -> None:
         """Assert what must always hold."""

@@ -9,20 +9,36 @@ import logging
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
 from pdserve.config import DecodeConfig, RouterConfig
+from pdserve import failpoints
 from pdserve.errors import PdserveError, Rejected
+from pdserve.history.events import NOTHING, Recorder
 from pdserve.request import FinishReason, Request
 from pdserve.status import WorkerInfo
 from pdserve.v1 import types_pb2, worker_service_pb2
 from pdserve.wire import key_to_wire, request_to_wire
 from router.admission import Admission
 from router.api import GenerationSpec, OutputEnd
-from router.commands import Command, Emit, End, Requeue, SendAbort, SendReserve, SendSubmit
+from router.chronicle import Chronicle
+from router.commands import (
+    Command,
+    Emit,
+    End,
+    Requeue,
+    SendAbort,
+    SendAdopt,
+    SendReserve,
+    SendSubmit,
+)
+from router.description import describe
 from router.generation import OUTPUTS_MAX, LiveGeneration, Stop
-from router.journey import Journey, Limits, Want
+from router.journey import Journey
+from router.leases import Claim
+from router.legs import Limits, Want
 from router.metrics import RouterMetrics
 from router.placement import (
     POLICIES,
@@ -59,8 +75,10 @@ class RequestTable:
         pump_soon: Callable[[], None],
         metrics: RouterMetrics,
         rng: random.Random,
+        history: Recorder = NOTHING,
     ) -> None:
         self._config = router
+        self._chronicle = Chronicle(history, view)
         self._decode = decode
         self._view = view
         self._send = send
@@ -87,6 +105,7 @@ class RequestTable:
         self._ended: OrderedDict[str, Mapping[str, Any]] = OrderedDict()
         self.dropped: Counter[str] = Counter()
         self.emitted_count = 0
+        self.is_kept = False  # nobody is given workers meanwhile
         self._packed: tuple[Request, types_pb2.Request] | None = None
 
     @property
@@ -106,25 +125,79 @@ class RequestTable:
 
     def admit(self, spec: GenerationSpec, stop: Stop, now_s: float) -> LiveGeneration:
         """Let a request in; raises ``Rejected`` when there is no room for more."""
+        request_id = f"{self._rng.getrandbits(128):032x}"
+        journey = self._new_journey(request_id, spec, now_s)
+        refusal = self.admission.offer(request_id, len(spec.prompt), now_s)
+        if refusal is not None:
+            raise Rejected(refusal.message, retry_after_s=refusal.retry_after_s)
+        generation = self._enter(journey, stop)
+        self._chronicle.accepted(journey)
+        self._pump_soon()
+        return generation
+
+    def inherit(
+        self, claim: Claim, spec: GenerationSpec, stop: Stop, now_s: float
+    ) -> LiveGeneration:
+        """Go on with a request of another router: with its legs, or behind what it had."""
+        request = claim.request
+        # What was drawn or clipped there stays so: it is one execution.
+        spec = replace(
+            spec,
+            prompt=request.prompt,
+            output_tokens_max=request.output_tokens_max,
+            output_tokens_min=request.output_tokens_min,
+            stop_tokens=request.stop_tokens,
+            sampling=request.sampling,
+            cache_salt=request.cache_salt,
+        )
+        request_id, attempt = request.key
+        journey = self._new_journey(request_id, spec, now_s)
+        self.admission.take_over(request_id, len(spec.prompt))
+        generation = self._enter(journey, stop)
+        adopted = claim.legs if claim.is_adoptable else ()
+        begins = (attempt, request.emitted) if adopted else (attempt + 1, claim.emitted)
+        self._chronicle.accepted(journey, begins[0], len(begins[1]))
+        for offer in (*claim.legs, *claim.strays):
+            if offer not in adopted:
+                self._tell(journey, SendAbort(offer.worker, offer.key, "not adopted"), now_s)
+        log.warning(
+            "event=request_inherited request=%s attempt=%d adopted=%s behind=%d",
+            request_id,
+            attempt,
+            ",".join(offer.worker for offer in adopted) or "(none)",
+            len(request.emitted),
+        )
+        decode = claim.decode
+        if adopted and decode is not None:
+            keepers = tuple(offer.worker for offer in adopted)
+            facts = decode.peer, decode.worker, decode.epoch, decode.model_hash, keepers
+            self.step(request_id, Journey.inherit, attempt, request.emitted, now_s=now_s)
+            self.step(request_id, Journey.adopt, *facts, now_s=now_s)
+            self.admission.placed(request_id)
+        else:
+            self.step(request_id, Journey.inherit, attempt + 1, claim.emitted, now_s=now_s)
+            self._pump_soon()
+        return generation
+
+    def _new_journey(self, request_id: str, spec: GenerationSpec, now_s: float) -> Journey:
         limit_s = self._config.request_s
         lifetime_s = limit_s if spec.deadline_s is None else min(spec.deadline_s, limit_s)
-        request_id = f"{self._rng.getrandbits(128):032x}"
-        journey = Journey(
+        deadline_s = now_s + lifetime_s
+        return Journey(
             request_id,
             spec,
             self._limits,
             now_s=now_s,
-            deadline_s=now_s + lifetime_s,
+            deadline_s=deadline_s,
             dropped=self.dropped,
         )
-        refusal = self.admission.offer(request_id, len(spec.prompt), now_s)
-        if refusal is not None:
-            raise Rejected(refusal.message, retry_after_s=refusal.retry_after_s)
+
+    def _enter(self, journey: Journey, stop: Stop) -> LiveGeneration:
+        request_id = journey.request_id
         generation = LiveGeneration(request_id, stop)
         self._journeys[request_id] = journey
         self._generations[request_id] = generation
         self._undelivered.add(generation)
-        self._pump_soon()
         return generation
 
     def step(self, request_id: str, method: Step, *args: object, now_s: float) -> bool:
@@ -160,13 +233,16 @@ class RequestTable:
 
     def _carry(self, journey: Journey, commands: tuple[Command, ...], now_s: float) -> None:
         for command in commands:
+            if isinstance(command, Emit):
+                failpoints.hit("router.emit")
+            self._chronicle.commanded(journey, command, commands)
             match command:
                 case Emit(tokens):
                     self.emitted_count += len(tokens)
                     if not self._generations[journey.request_id].put(tokens):
                         self._overflowed(journey, now_s)
                         return
-                case SendSubmit() | SendReserve() | SendAbort():
+                case SendSubmit() | SendReserve() | SendAdopt() | SendAbort():
                     self._tell(journey, command, now_s)
                 case Requeue(cause, is_resume):
                     if is_resume:
@@ -187,10 +263,15 @@ class RequestTable:
         self._carry(journey, journey.stop(FinishReason.ABORT, why, now_s), now_s)
 
     def _tell(
-        self, journey: Journey, command: SendSubmit | SendReserve | SendAbort, now_s: float
+        self,
+        journey: Journey,
+        command: SendSubmit | SendReserve | SendAdopt | SendAbort,
+        now_s: float,
     ) -> None:
         # No answer needed: a worker without a link has let go, and its loss comes as a fact.
         remaining_s = journey.remaining_s(now_s)
+        if isinstance(command, SendSubmit | SendReserve) and failpoints.hit("router.dispatch"):
+            return
         match command:
             case SendSubmit(worker, request, decode_worker):
                 submit = worker_service_pb2.Submit(
@@ -211,6 +292,9 @@ class RequestTable:
                     landing_s_max=min(self._decode.landing_s, remaining_s),
                 )
                 self._send(worker, worker_service_pb2.RouterMessage(reserve=reserve))
+            case SendAdopt(worker, key):
+                adopt = worker_service_pb2.Adopt(key=key_to_wire(key))
+                self._send(worker, worker_service_pb2.RouterMessage(adopt=adopt))
             case SendAbort(worker, key, reason):
                 abort = worker_service_pb2.Abort(key=key_to_wire(key), reason=reason)
                 self._send(worker, worker_service_pb2.RouterMessage(abort=abort))
@@ -228,8 +312,9 @@ class RequestTable:
         self.admission.ended(request_id, now_s)
         generation = self._generations.pop(request_id)
         generation.put((OutputEnd(end.reason, end.error),))
+        self._chronicle.ended(journey, end)
         if not journey.spec.is_probe:
-            self._ended[request_id] = journey.describe(now_s)
+            self._ended[request_id] = describe(journey, now_s)
             if len(self._ended) > ENDED_MAX:
                 self._ended.popitem(last=False)
             self._count(journey, end, now_s)
@@ -277,7 +362,7 @@ class RequestTable:
 
     def pump(self, now_s: float) -> None:
         """Give workers to those who wait, oldest first."""
-        if not len(self.admission):
+        if self.is_kept or not len(self.admission):
             return
         loads = self.loads()
         candidates = {

@@ -20,6 +20,7 @@ class Event(Enum):
     """What can happen to a journey, after the facts have been judged."""
 
     PLACED = "placed"  # a pair was chosen
+    ADOPTED = "adopted"  # workers kept its legs for a router before this one
     MOVED = "moved"  # another decode worker was chosen
     PROGRESSED = "progressed"  # the next tokens came
     LANDED = "landed"  # the decode worker holds the whole prompt's KV
@@ -33,7 +34,11 @@ class Event(Enum):
 _ENDINGS = {Event.STOPPED: State.ENDED, Event.FAILED: State.ENDED}
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
-    State.QUEUED: {Event.PLACED: State.DISPATCHED, **_ENDINGS},
+    State.QUEUED: {
+        Event.PLACED: State.DISPATCHED,
+        Event.ADOPTED: State.DISPATCHED,
+        **_ENDINGS,
+    },
     State.DISPATCHED: {
         Event.MOVED: State.DISPATCHED,
         Event.PROGRESSED: State.STREAMING,

@@ -3,10 +3,13 @@
 Three things are told apart.  A worker whose stream ended is dead at once.  A worker that is
 silent is suspect, then dead, until it speaks again.  A worker that speaks but whose scheduler
 loop stands still is wedged: its RPC threads live, its requests do not (V12).
+
+Once the cluster's weights were changed, a worker that comes back with others is outdated: it
+gets no requests until it has been brought up to date.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from pdserve.config import HeartbeatConfig
@@ -20,6 +23,7 @@ class WorkerState(Enum):
     READY = "ready"
     SUSPECT = "suspect"  # silent for a while: no new requests
     DRAINING = "draining"  # wants to leave: no new requests
+    OUTDATED = "outdated"  # has other weights than the cluster: no requests
     WEDGED = "wedged"  # speaks, but its loop stands still: as good as dead
     DEAD = "dead"  # silent for long, or its stream ended
 
@@ -56,11 +60,30 @@ class FleetView:
     def __init__(self, config: HeartbeatConfig) -> None:
         self._config = config
         self._beliefs: dict[str, Belief] = {}
+        self._model_hash: str | None = None
 
     @property
     def beliefs(self) -> Mapping[str, Belief]:
         """Every worker known, by name; for reading only."""
         return self._beliefs
+
+    @property
+    def model_hash(self) -> str | None:
+        """The model all workers must have; None until weights were changed."""
+        return self._model_hash
+
+    def require(self, model_hash: str, now_s: float) -> tuple[Change, ...]:
+        """Take only workers with this model for ready from now on."""
+        self._model_hash = model_hash
+        return self.tick(now_s)
+
+    def updated(self, name: str, model_hash: str, now_s: float) -> tuple[Change, ...]:
+        """Note that a worker has other weights now."""
+        belief = self._beliefs.get(name)
+        if belief is None or not belief.is_linked:
+            return ()
+        belief.info = replace(belief.info, model_hash=model_hash)
+        return self._judge(name, belief, now_s)
 
     def linked(self, info: WorkerInfo, now_s: float) -> tuple[Change, ...]:
         """Note a new link, which is a new start: nothing is believed of an older one."""
@@ -138,7 +161,10 @@ class FleetView:
             return WorkerState.WEDGED
         if silent_s > self._config.suspect_s:
             return WorkerState.SUSPECT
-        return WorkerState.DRAINING if status.is_draining else WorkerState.READY
+        if status.is_draining:
+            return WorkerState.DRAINING
+        is_outdated = self._model_hash not in (None, belief.info.model_hash)
+        return WorkerState.OUTDATED if is_outdated else WorkerState.READY
 
     def _is_wedged(self, belief: Belief, status: WorkerStatus) -> bool:
         if status.steps_in_flight > 0 and status.step_age_s > self._config.step_s:

@@ -126,6 +126,18 @@ class HeldExecutor:
             for _ in range(len(self._held) if count is None else count):
                 _tell(*self._held.popleft())
 
+    def prepare_weights(self, path: str) -> ModelInfo:
+        """See ``engine.executor.Executor``."""
+        return self._inner.prepare_weights(path)
+
+    def commit_weights(self) -> None:
+        """See ``engine.executor.Executor``."""
+        self._inner.commit_weights()
+
+    def discard_weights(self) -> None:
+        """See ``engine.executor.Executor``."""
+        self._inner.discard_weights()
+
     def close(self) -> None:
         """See ``engine.executor.Executor``."""
         self.release()

@@ -3,8 +3,9 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that can take the place of another."""
+
+    info: ModelInfo
+    decoder: Decoder
+
+
+Load = Callable[[str], LoadedModel]
+"""Loads a folder that differs from the one in use by its weights only, or raises
+``InvalidModel``."""
+
+
 class TorchExecutor:
     """Runs step plans on the CPU, in the order submitted.
 
@@ -40,8 +54,9 @@ class TorchExecutor:
         sequences_max: int,
         threads: int,
         step_depth: int,
+        load: Load | None = None,
     ) -> None:
-        """Take decoder and pool over, and start the thread."""
+        """Take decoder and pool over, and start the thread; without ``load`` weights stay."""
         self._model = model
         self._decoder = decoder
         self._pool: KvPool | None = pool
@@ -49,6 +64,8 @@ class TorchExecutor:
         self._slots: list[Slot | None] = [None] * sequences_max
         self._threads = threads
         self._step_depth = step_depth
+        self._load = load
+        self._prepared: LoadedModel | None = None
         self._queue: deque[tuple[StepPlan, OnLayer | None, Future[StepResult]]] = deque()
         self._wake = threading.Condition()
         self._unfinished_count = 0
@@ -89,6 +106,44 @@ class TorchExecutor:
             self._queue.append((plan, on_layer, future))
             self._wake.notify()
         return future
+
+    def prepare_weights(self, path: str) -> ModelInfo:
+        """Load another model folder beside the one in use.
+
+        Raises:
+            InvalidModel: it is damaged, or differs in more than its weights.
+            LocalProtocolError: this executor was made without a way to load.
+
+        """
+        if self._load is None:
+            raise LocalProtocolError("this executor cannot load other weights")
+        self.discard_weights()  # at no time three sets of weights
+        prepared = self._load(path)
+        with self._wake:
+            self._prepared = prepared
+        return prepared.info
+
+    def commit_weights(self) -> None:
+        """Run what was prepared from now on.
+
+        Raises:
+            LocalProtocolError: nothing is prepared, or steps are unfinished.
+
+        """
+        with self._wake:
+            if self._prepared is None:
+                raise LocalProtocolError("no weights are prepared")
+            if self._unfinished_count:
+                raise LocalProtocolError(f"{self._unfinished_count} steps are unfinished")
+            # The executor's thread waits for a step: it holds nothing of the old model.
+            self._model, self._decoder = self._prepared.info, self._prepared.decoder
+            self._prepared = None
+            self._slots = [None] * len(self._slots)
+
+    def discard_weights(self) -> None:
+        """Forget what was prepared.  Idempotent."""
+        with self._wake:
+            self._prepared = None
 
     def close(self) -> None:
         """Finish what was submitted, then stop and free the pool.  Idempotent."""

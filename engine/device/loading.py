@@ -1,21 +1,91 @@
-"""From settings to a running executor."""
+"""From settings to a running executor, and to other weights for it."""
 
+import hashlib
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
 from engine.device.decoder import Decoder
-from engine.device.executor import TorchExecutor
-from engine.device.folder import load_folder
+from engine.device.executor import LoadedModel, TorchExecutor
+from engine.device.folder import LoadedFolder, load_folder
 from engine.device.pool import KvPool
 from engine.executor import ModelInfo
 from pdserve.config import ModelConfig
-from pdserve.errors import InvalidConfig
+from pdserve.errors import InvalidConfig, InvalidModel
 from pdserve.layout import KvLayout
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEMO_NAME = "demo"
+# Fields of ModelSpec that config.json calls otherwise; of a compound one, its first name.
+_CONFIG_NAMES = {
+    "architecture": "model_type",
+    "layer_count": "num_hidden_layers",
+    "head_count": "num_attention_heads",
+    "kv_head_count": "num_key_value_heads",
+    "context_tokens_max": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "is_tied": "tie_word_embeddings",
+    "has_qkv_bias": "attention_bias",
+    "has_output_bias": "attention_bias",
+    "has_mlp_bias": "mlp_bias",
+    "has_head_norm": "model_type",
+    "rope": "rope_parameters",
+    "windows": "sliding_window",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Replacements:
+    """Loads folders that may take the place of the first: all but the weights must agree."""
+
+    config: ModelConfig
+    first: LoadedFolder
+    tokenizer: str | None
+    dtype: torch.dtype
+    block_tokens: int
+    threads: int
+
+    def load(self, path: str) -> LoadedModel:
+        """Load and compare.
+
+        Raises:
+            InvalidModel: naming the file and the field.
+
+        """
+        if not path:
+            raise InvalidModel("path is empty; wanted a Hugging Face model folder")
+        torch.set_num_threads(self.threads)
+        with torch.inference_mode():
+            folder = load_folder(Path(path), self.dtype, self.threads)
+            self._compare(Path(path), folder)
+            decoder = Decoder(folder.spec, folder.weights, self.block_tokens)
+        return LoadedModel(_info(self.config, path, folder, self.dtype), decoder)
+
+    def _compare(self, path: Path, folder: LoadedFolder) -> None:
+        for field in fields(folder.spec):
+            seen, wanted = getattr(folder.spec, field.name), getattr(self.first.spec, field.name)
+            if seen != wanted:
+                name = _CONFIG_NAMES.get(field.name, field.name)
+                raise InvalidModel(
+                    f"{path / 'config.json'}: {name} is {seen!r}; wanted {wanted!r}, as the "
+                    f"model in use has",
+                    param=name,
+                )
+        if folder.stop_tokens != self.first.stop_tokens:
+            raise InvalidModel(
+                f"{path / 'generation_config.json'}: eos_token_id is "
+                f"{sorted(folder.stop_tokens)}; wanted {sorted(self.first.stop_tokens)}, as the "
+                f"model in use has",
+                param="eos_token_id",
+            )
+        if _tokenizer_digest(path) != self.tokenizer:
+            raise InvalidModel(
+                f"{path / 'tokenizer.json'}: differs from that of the model in use; wanted the "
+                f"same tokenizer",
+                param="tokenizer.json",
+            )
 
 
 def load_executor(
@@ -67,19 +137,36 @@ def load_executor(
                 param=name,
             ) from None
         decoder = Decoder(spec, folder.weights, block_tokens)
-    info = ModelInfo(
-        name=config.name or (path.resolve().name if config.path else _DEMO_NAME),
-        hash=folder.hash,
-        vocab_size=spec.vocab_size,
-        context_tokens_max=spec.context_tokens_max,
-        architecture=spec.architecture,
-        dtype=layout.dtype,
+    replacements = _Replacements(
+        config, folder, _tokenizer_digest(path), dtype, block_tokens, threads
     )
     return TorchExecutor(
-        info,
+        _info(config, config.path, folder, dtype),
         decoder,
         pool,
         sequences_max=sequences_max,
         threads=threads,
         step_depth=step_depth,
+        load=replacements.load,
     )
+
+
+def _info(config: ModelConfig, path: str, folder: LoadedFolder, dtype: torch.dtype) -> ModelInfo:
+    spec = folder.spec
+    return ModelInfo(
+        name=config.name or (Path(path).resolve().name if path else _DEMO_NAME),
+        hash=folder.hash,
+        vocab_size=spec.vocab_size,
+        context_tokens_max=spec.context_tokens_max,
+        architecture=spec.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _tokenizer_digest(path: Path) -> str | None:
+    """Hash tokenizer.json; None where there is none, which only the router minds."""
+    file = path / "tokenizer.json"
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+    except OSError as error:
+        raise InvalidModel(f"{file}: {error.strerror}; wanted a tokenizer") from None

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from time import monotonic
 from typing import Any
 
+from kvtransfer.transport import sockets
 from kvtransfer.transport.base import Done, HandOver, OnLost, OnMessage
 from kvtransfer.transport.binding import (
     CONNECTION_RESET,
@@ -61,6 +62,8 @@ class UcxEndpoint:
         self._transport = transport
         self._on_lost: OnLost | None = on_lost
         self.raw: UcpEndpoint | None = None
+        self.address = b""
+        self.ends_with_process = False
         self.status = 0  # what UCX said of the peer, from within progress
         self.fault: str | None = None
         self.closing: list[Request] = []
@@ -244,6 +247,7 @@ class UcxTransport:
         if endpoint.fault is not None:
             return  # closed before it was made
         self._endpoints.append(endpoint)
+        endpoint.address = address
         try:
             if self._close_by_s is not None:
                 raise Unavailable("the data plane is closed")
@@ -263,6 +267,7 @@ class UcxTransport:
         """Post every write of a push, and one flush."""
         raw = self._accept(operation)
         if raw is not None:
+            self._tie_to_process(operation.endpoint)
             operation.take(raw.put(runs, operation.requests))
             operation.take(raw.flush(operation.requests))
 
@@ -272,6 +277,12 @@ class UcxTransport:
         if raw is not None:
             operation.take(raw.send(operation.message, operation.requests))
             operation.take(raw.flush(operation.requests))
+
+    def _tie_to_process(self, endpoint: UcxEndpoint) -> None:
+        """See to it that no put leaves once this process is dead."""
+        if not endpoint.ends_with_process:
+            count = sockets.end_with_process(self._worker.event_fd, endpoint.address)
+            endpoint.ends_with_process = count > 0
 
     def _accept(self, operation: _Operation) -> UcpEndpoint | None:
         """Take an operation on, unless its endpoint is of no use."""
@@ -324,6 +335,8 @@ class UcxTransport:
             return
         endpoint.fault = message
         if endpoint.raw is not None:
+            # First: once UCX has let go of a connection nobody can reach what it still sends.
+            sockets.cut(self._worker.event_fd, endpoint.address)
             endpoint.raw.close(endpoint.closing)
         self._hand_over(_Lost(endpoint, message, is_reset=is_reset))
 

@@ -1,5 +1,8 @@
-"""``pdctl pause``, ``resume``, ``flush`` and ``audit``: the whole cluster at once."""
+"""``pdctl pause``, ``resume``, ``flush``, ``update-weights`` and ``audit``: all of the cluster."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Timer
 from typing import Annotated, Any
 
 import typer
@@ -7,8 +10,10 @@ import typer
 from pdctl.exits import ExitCode
 from pdctl.options import Output, OutputOption, ServerOption, StateDirOption, TimeoutOption
 from pdctl.render import facts_of, note, write_document
+from router.pause import Mode
 
-ANSWER_MARGIN_S = 10.0
+ANSWER_MARGIN_S = 15.0  # longer than the router's own remedies take
+NOTE_S = 2.0
 AUDIT_COLUMNS = (
     "name",
     "conserved",
@@ -24,22 +29,38 @@ AUDIT_COLUMNS = (
 
 
 def pause(
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            "--mode",
+            help="abort: end requests with what they have; finish: let them run out; "
+            "keep: stop them in place, resume goes on",
+        ),
+    ] = Mode.ABORT,
     output: OutputOption = Output.TABLE,
     state_dir: StateDirOption = None,
     server: ServerOption = None,
-    timeout: TimeoutOption = 60.0,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0, max=3600, help="Until it is forced, in s")
+    ] = 30.0,
 ) -> None:
-    """Refuse new requests, abort the others, wait.
+    """Refuse new requests; end the others, or keep them.
 
-    Aborted requests end with what they have so far; the wait is for everything to be idle.
+    A pause can be made stricter while it lasts (keep, finish, abort), not milder: exit 8.
     """
     from pdctl.target import find
 
-    answer = find(server, state_dir, timeout).admin.post("/v1/pause")
+    admin = find(server, state_dir, timeout + ANSWER_MARGIN_S).admin
+    with _patiently(f"waiting up to {timeout:g} s for requests and workers"):
+        answer = admin.post("/v1/pause", {"mode": mode.value, "timeout_s": timeout})
     _write("PauseResult", answer, output)
-    if isinstance(answer, dict) and answer.get("paused") is False:
-        note("requests are refused, but not everything is idle yet: pdctl audit shows what is not")
-        raise typer.Exit(ExitCode.TIMEOUT)
+    if not (isinstance(answer, dict) and answer.get("paused") is False):
+        return
+    if answer.get("state") == "running":
+        note("somebody resumed meanwhile: requests are taken again")
+        raise typer.Exit(ExitCode.CONFLICT)
+    note("requests are refused, but not everything is idle yet: pdctl status shows what is not")
+    raise typer.Exit(ExitCode.TIMEOUT)
 
 
 def resume(
@@ -48,7 +69,7 @@ def resume(
     server: ServerOption = None,
     timeout: TimeoutOption = 10.0,
 ) -> None:
-    """Take requests again."""
+    """Take requests again; what was kept goes on."""
     from pdctl.target import find
 
     _write("ResumeResult", find(server, state_dir, timeout).admin.post("/v1/resume"), output)
@@ -69,6 +90,31 @@ def flush(
     _write("FlushResult", admin.post("/flush_cache", params={"timeout_s": timeout}), output)
 
 
+def update_weights(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Model folder, as workers see it")],
+    output: OutputOption = Output.TABLE,
+    state_dir: StateDirOption = None,
+    server: ServerOption = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=1, max=3600, help="Longest time to load, in s")
+    ] = 120.0,
+) -> None:
+    """Take other weights, while paused; exit 8 if not.
+
+    The folder must hold the same model with other weights. All workers change, or none does;
+    exit 7 if some did not follow: those get no requests until they have.
+    """
+    from pdctl.target import find
+
+    admin = find(server, state_dir, timeout + ANSWER_MARGIN_S).admin
+    with _patiently(f"every worker loads {path}; waiting up to {timeout:g} s"):
+        answer = admin.post("/v1/update_weights", {"path": path, "timeout_s": timeout})
+    _write("UpdateResult", answer, output)
+    if isinstance(answer, dict) and answer.get("failed"):
+        note("some workers did not follow; they are brought up to date: pdctl status shows them")
+        raise typer.Exit(ExitCode.PARTIAL)
+
+
 def audit(
     output: OutputOption = Output.TABLE,
     state_dir: StateDirOption = None,
@@ -85,6 +131,18 @@ def audit(
             "not conserved: something is held that nobody accounts for; the workers' logs say more"
         )
         raise typer.Exit(ExitCode.FAILED)
+
+
+@contextmanager
+def _patiently(what: str) -> Iterator[None]:
+    """Say what is being waited for, if it takes long."""
+    timer = Timer(NOTE_S, note, (what,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _write(kind: str, answer: Any, output: Output, columns: tuple[str, ...] = ()) -> None:

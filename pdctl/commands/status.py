@@ -51,6 +51,7 @@ def look(server: str | None, state_dir: Path | None, timeout_s: float) -> dict[s
         "admin_url": target.admin.url,
         "supervisor": None,
         "router": None,
+        "pause": pause_facts(target.admin.get("/v1/is_paused")),
     }
     if target.local is not None:
         facts["supervisor"] = {"pid": target.local.supervisor.pid}
@@ -73,6 +74,11 @@ def rows_of(answer: object, name: str) -> Sequence[Mapping[str, Any]]:
             "router and pdctl may be of different versions: pdctl version",
         )
     return rows
+
+
+def pause_facts(answer: object) -> Mapping[str, Any]:
+    """Take what the router says of its pauses; nothing of one that says nothing."""
+    return answer if isinstance(answer, Mapping) else {}
 
 
 def _process_facts(process: "ProcessState") -> dict[str, Any]:
@@ -102,7 +108,7 @@ def _problems(workers: Sequence[Mapping[str, Any]], admin_url: str) -> list[str]
     problems = [
         f"{row.get('name')} is {row.get('state')}"
         for row in workers
-        if row.get("state") in ("down", "dead", "wedged", "suspect")
+        if row.get("state") in ("down", "dead", "wedged", "suspect", "outdated")
     ]
     serving = {row.get("role") for row in workers if row.get("state") == "ready"}
     problems += [f"no {role} worker is ready" for role in ROLES if role not in serving]
@@ -118,6 +124,7 @@ def tables(facts: Mapping[str, Any]) -> list[Table]:
     head = [
         ("healthy", facts["healthy"]),
         *(("problem", problem) for problem in facts["problems"]),
+        *_pause_rows(facts["pause"]),
         ("REST API", f"{facts['url']}/v1" if facts["url"] else None),
         ("admin API", facts["admin_url"]),
         ("router", f"pid {router['pid']}, {router['restarts']} restarts" if router else None),
@@ -130,6 +137,18 @@ def tables(facts: Mapping[str, Any]) -> list[Table]:
         Table(("",), (("",),)),
         Table(columns, tuple(rows)),
     ]
+
+
+def _pause_rows(pause: Mapping[str, Any]) -> list[tuple[str, object]]:
+    if pause.get("state") in (None, "running"):
+        return []
+    rows: list[tuple[str, object]] = [
+        (str(pause["state"]), f"mode {pause.get('mode')}, for {pause.get('for_s')} s")
+    ]
+    in_flight = pause.get("in_flight")
+    if isinstance(in_flight, Mapping):
+        rows += [("in flight", f"{place}: {what}") for place, what in in_flight.items()]
+    return rows
 
 
 def _row(worker: Mapping[str, Any]) -> tuple[object, ...]:

@@ -11,7 +11,8 @@ import grpc
 from pdserve.edge.process import bug_report, stop_signal, write_ready_file
 from pdserve.edge.registration import announce
 from pdserve.edge.routers import RouterLinks, Worker
-from pdserve.edge.rpc import GRPC
+from pdserve.edge.rpc import GRPC, Network
+from pdserve.history.events import NOTHING, Event, Recorder
 from pdserve.v1 import worker_service_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,17 @@ async def host(
     router_address: str,
     ready_file: Path | None,
     drain_s: float,
+    network: Network = GRPC,
+    stopping: asyncio.Event | None = None,
+    history: Recorder = NOTHING,
 ) -> None:
-    """Run the worker that ``build(address)`` makes until SIGTERM, SIGINT or its own failure."""
-    stopping = stop_signal()
+    """Run the worker that ``build(address)`` makes until SIGTERM, SIGINT or its own failure.
+
+    ``stopping`` stands for the signals where there are none.
+    """
+    stopping = stopping or stop_signal()
     bug = bug_report()
-    server = GRPC.server()
+    server = network.server()
     bound_port = server.add_insecure_port(f"{bind_host}:{port}")
     worker = build(f"{bind_host}:{bound_port}")
     worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(worker.links, server)
@@ -70,7 +77,7 @@ async def host(
     info = worker.info
     write_ready_file(ready_file, {"address": info.address, "incarnation": info.incarnation})
     logger.info("%s listens on %s, incarnation %x", info.name, info.address, info.incarnation)
-    announcer = asyncio.create_task(announce(info, router_address, worker.links))
+    announcer = asyncio.create_task(announce(info, router_address, worker.links, network))
     runner = asyncio.create_task(worker.run())
     signalled = asyncio.create_task(stopping.wait())
     try:
@@ -85,8 +92,13 @@ async def host(
     finally:
         for waiter in (announcer, signalled, bug, runner):
             waiter.cancel()
-        await server.stop(grace=0.5)
-        await worker.close()
+        # Links end before the server does: their handlers are let out, not cancelled.
+        worker.links.close()
+        try:
+            await worker.close()
+        finally:
+            await server.stop(grace=0.5)
+    history.record(Event.STOP, in_flight=sum(worker.audit().in_flight.values()))
 
 
 async def _drain(worker: Worker, runner: Awaitable[None], drain_s: float) -> None:

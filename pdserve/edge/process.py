@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pdserve import failpoints
 from pdserve.config import ClusterConfig, load
 from pdserve.errors import InvalidConfig
 
@@ -62,7 +63,9 @@ def worker_arguments(role: str) -> argparse.Namespace:
 def load_config(arguments: argparse.Namespace) -> ClusterConfig:
     """Load the configuration a command line asks for, or exit 2 with the reason."""
     try:
-        return load(arguments.config, parse_overrides(arguments.set))
+        config = load(arguments.config, parse_overrides(arguments.set))
+        failpoints.configure(config.test)
+        return config
     except InvalidConfig as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - before logging is set up
         raise SystemExit(2) from None

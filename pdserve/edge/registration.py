@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 
 import grpc
 
@@ -21,13 +22,18 @@ CALL_S = 2.0
 async def announce(
     info: WorkerInfo, router_address: str, links: RouterLinks, network: Network = GRPC
 ) -> None:
-    """Announce until cancelled.  A router that cannot be reached is tried again."""
-    request = router_service_pb2.RegisterRequest(worker=wire.info_to_wire(info))
+    """Announce until cancelled.  A router that cannot be reached is tried again.
+
+    ``info`` holds but for the model: a worker's weights may change.
+    """
     last = ""
     async with network.channel(router_address) as channel:
         stub: router_service_pb2_grpc.RouterServiceAsyncStub
         stub = router_service_pb2_grpc.RouterServiceStub(channel)  # type: ignore[assignment]
         while True:
+            now = links.info
+            worker = replace(info, model_hash=now.model_hash, model_name=now.model_name)
+            request = router_service_pb2.RegisterRequest(worker=wire.info_to_wire(worker))
             try:
                 await stub.Register(request, timeout=CALL_S, wait_for_ready=True)
                 state = "announced to the router"
@@ -36,4 +42,8 @@ async def announce(
             if state != last:
                 logger.info("%s", state)
                 last = state
-            await asyncio.sleep(KEEP_S if links.is_connected else SEARCH_S)
+            if links.is_connected:
+                # A link that ends is its router's end, perhaps: another may be there already.
+                await links.wait_unlinked(KEEP_S)
+            else:
+                await asyncio.sleep(SEARCH_S)

@@ -47,7 +47,12 @@ class AdminServer:
             ),
             ("POST", "/v1/abort_requests"): (200, {"aborted": [REQUEST_ID], "unknown": []}),
             ("POST", "/v1/pause"): (200, {"paused": True}),
-            ("POST", "/v1/resume"): (200, {"paused": False}),
+            ("POST", "/v1/resume"): (200, {"paused": False, "state": "running"}),
+            ("GET", "/v1/is_paused"): (200, {"is_paused": False, "state": "running"}),
+            ("POST", "/v1/update_weights"): (
+                200,
+                {"model_hash": "beef", "updated": ["decode-0", "prefill-0"], "failed": {}},
+            ),
             ("POST", "/flush_cache"): (200, {"dropped_blocks": 3}),
         }
         self.fault: tuple[int, bytes] | None = None

@@ -23,6 +23,7 @@ KINDS = {
     ("pause",): "PauseResult",
     ("resume",): "ResumeResult",
     ("flush",): "FlushResult",
+    ("update-weights", "/models/new"): "UpdateResult",
     ("audit",): "Audit",
 }
 COMMANDS = pytest.mark.parametrize("command", KINDS, ids=" ".join)
@@ -101,8 +102,9 @@ def test_silence_ends_at_the_timeout(
 ) -> None:
     monkeypatch.setattr(control, "ANSWER_MARGIN_S", 0.0)
     admin.is_silent = True
-    assert main([*command, "--server", admin.url, "--timeout", "0.1"]) == ExitCode.TIMEOUT
-    assert "did not answer within 0.1 s" in capsys.readouterr().err
+    timeout = "1" if command[0] == "update-weights" else "0.1"
+    assert main([*command, "--server", admin.url, "--timeout", timeout]) == ExitCode.TIMEOUT
+    assert f"did not answer within {timeout} s" in capsys.readouterr().err
 
 
 @COMMANDS
@@ -136,7 +138,7 @@ def test_status_tells_the_workers_apart(admin: Any, capsys: Captured) -> None:
     assert {"free=9", "used=1", "total=10"} <= set(row)
 
 
-@pytest.mark.parametrize("state", ["dead", "wedged", "suspect", "draining"])
+@pytest.mark.parametrize("state", ["dead", "wedged", "suspect", "draining", "outdated"])
 def test_status_is_unhealthy_without_a_ready_worker_of_each_role(
     admin: Any, capsys: Captured, state: str
 ) -> None:
@@ -219,6 +221,61 @@ def test_a_pause_that_is_not_idle_yet_is_a_timeout(admin: Any, capsys: Captured)
     admin.answers["POST", "/v1/pause"] = (200, {"paused": False})
     assert main(["pause", "--server", admin.url]) == ExitCode.TIMEOUT
     assert "not everything is idle" in capsys.readouterr().err
+
+
+def test_a_pause_that_was_cancelled_is_a_conflict(admin: Any, capsys: Captured) -> None:
+    admin.answers["POST", "/v1/pause"] = (200, {"paused": False, "state": "running"})
+    assert main(["pause", "--server", admin.url]) == ExitCode.CONFLICT
+    assert "somebody resumed" in capsys.readouterr().err
+
+
+def test_a_pause_hands_on_mode_and_patience(admin: Any, capsys: Captured) -> None:
+    main(["pause", "--server", admin.url])
+    main(["pause", "--server", admin.url, "--mode", "keep", "--timeout", "2.5"])
+    bodies = [body for _, _, body in admin.asked]
+    assert bodies == [{"mode": "abort", "timeout_s": 30.0}, {"mode": "keep", "timeout_s": 2.5}]
+    assert main(["pause", "--server", admin.url, "--mode", "gentle"]) == ExitCode.USAGE
+    assert "gentle" in capsys.readouterr().err
+
+
+def test_an_update_that_some_did_not_follow_is_partial(admin: Any, capsys: Captured) -> None:
+    answer = {"model_hash": "b", "updated": ["decode-0"], "failed": {"prefill-0": "no memory"}}
+    admin.answers["POST", "/v1/update_weights"] = (200, answer)
+    arguments = ["update-weights", "/new", "--server", admin.url]
+    assert main(arguments) == ExitCode.PARTIAL
+    captured = capsys.readouterr()
+    assert "no memory" in captured.out
+    assert "did not follow" in captured.err
+    assert admin.asked[-1][2] == {"path": "/new", "timeout_s": 120.0}
+
+
+def test_long_work_says_what_it_waits_for(
+    admin: Any, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "NOTE_S", 0.02)
+    monkeypatch.setattr(control, "ANSWER_MARGIN_S", 0.0)
+    admin.is_silent = True
+    main(["update-weights", "/new", "--timeout", "1", "--server", admin.url])
+    assert "every worker loads /new; waiting up to 1 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_status_tells_what_a_pause_keeps(admin: Any, capsys: Captured, output: str) -> None:
+    pause = {
+        "is_paused": True,
+        "state": "paused",
+        "mode": "keep",
+        "for_s": 3.25,
+        "in_flight": {"router": "2 requests"},
+    }
+    admin.answers["GET", "/v1/is_paused"] = (200, pause)
+    main(["status", "--server", admin.url, "-o", output])
+    out = capsys.readouterr().out
+    if output == "json":
+        assert json.loads(out)["pause"] == pause
+    else:
+        assert "mode keep, for 3.25 s" in out
+        assert "router: 2 requests" in out
 
 
 def test_flush_hands_on_how_long_to_wait(admin: Any, capsys: Captured) -> None:

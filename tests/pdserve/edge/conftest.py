@@ -15,7 +15,7 @@ from pdserve.wire import key_from_wire
 class PlainWorker:
     """Holds every request it accepts until it is aborted."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, lease_s: float = 0.0) -> None:
         self.info = WorkerInfo(
             name="decode-0",
             role=Role.DECODE,
@@ -31,8 +31,9 @@ class PlainWorker:
             sequence_count_max=1,
             context_tokens_max=16,
         )
-        self.links = RouterLinks(self)
+        self.links = RouterLinks(self, lease_s=lease_s)
         self.held: set[Key] = set()
+        self.taken: list[Key] = []
         self.bug: AssertionError | None = None
         self.is_draining = False
         self.is_closed = False
@@ -41,11 +42,14 @@ class PlainWorker:
     def accept(self, message: worker_service_pb2.RouterMessage) -> bool:
         if self.bug is not None:
             raise self.bug
-        self.held.add(key_from_wire(message.submit.request.key))
+        key = key_from_wire(message.submit.request.key)
+        self.held.add(key)
+        self.taken.append(key)
         return True
 
     def abort(self, key: Key) -> None:
         self.held.discard(key)
+        self.links.forget(key)
 
     def audit(self) -> Audit:
         return Audit(

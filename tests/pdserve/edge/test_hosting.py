@@ -90,3 +90,34 @@ async def test_another_fault_of_a_callback_is_only_told(
     worker, ended_by = await hosted(make_worker, begin)
     assert ended_by is None
     assert worker.is_closed
+
+
+async def test_a_worker_that_stops_ends_its_links_in_good_order(
+    make_worker: Callable[[str], Any],
+) -> None:
+    heard: list[Any] = []
+
+    async def link(worker: Any) -> None:
+        async with grpc.aio.insecure_channel(
+            worker.info.address, options=CHANNEL_OPTIONS
+        ) as channel:
+            stub: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)
+            call = stub.Link(wait_for_ready=True)
+            hello = worker_service_pb2.RouterHello(router_incarnation=7)
+            await call.write(worker_service_pb2.RouterMessage(hello=hello))
+            await call.read()
+            worker.stop()
+            # Cancelled by the server, it would raise.
+            heard.append(await call.read())
+
+    tasks = []
+
+    def begin(worker: Any) -> None:
+        tasks.append(asyncio.create_task(link(worker)))
+
+    worker, error = await hosted(make_worker, begin)
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.gather(*tasks)
+    assert error is None
+    assert heard == [grpc.aio.EOF]
+    assert worker.is_closed

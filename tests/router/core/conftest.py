@@ -115,6 +115,14 @@ class FakeWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self.audit_hangs = False
         self.audit_sticks = ""
         self.flushed = 0
+        self.is_held = False
+        self.hold_words: list[bool] = []
+        self.hold_gate = asyncio.Event()
+        self.hold_gate.set()
+        self.weights: list[str] = []  # the phases it was asked for
+        self.prepared_hash = ""
+        self.update_faults: dict[str, str] = {}  # phase to what is wrong with it
+        self.update_hangs: set[str] = set()
         self.links: list[asyncio.Queue[worker_service_pb2.WorkerMessage | None]] = []
         self.dropped: Counter[str] = Counter()
         self.server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -139,7 +147,12 @@ class FakeWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         while True:
             if self.is_beating:
                 self.loop_count += self.is_loop_moving
-                status = replace(self.status, loop_count=self.loop_count, is_idle=not self.held)
+                status = replace(
+                    self.status,
+                    loop_count=self.loop_count,
+                    is_idle=not self.held,
+                    is_held=self.is_held,
+                )
                 message = worker_service_pb2.WorkerMessage(status=status_to_wire(status))
                 for link in self.links:
                     link.put_nowait(message)
@@ -228,6 +241,8 @@ class FakeWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         index = first = len(request.emitted_tokens) + 1
         while index < request.output_tokens_max and not meeting.is_over:
             await asyncio.sleep(self.fleet.step_s)
+            while self.is_held and not meeting.is_over:  # noqa: ASYNC110 - a fake may poll
+                await asyncio.sleep(0.001)
             if meeting.is_over or index == script.stalls_at:
                 return
             if script.preempts and index == script.preempts_at:
@@ -298,6 +313,29 @@ class FakeWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self.flushed += 1
         return worker_service_pb2.FlushCacheResponse(dropped_block_count=3)
 
+    async def SetHold(self, request, context):  # noqa: ARG002, N802
+        self.hold_words.append(request.held)
+        self.fleet.hold_words.append((self.info.name, request.held))
+        await self.hold_gate.wait()
+        self.is_held = request.held
+        return worker_service_pb2.SetHoldResponse()
+
+    async def UpdateWeights(self, request, context):  # noqa: N802
+        phases = worker_service_pb2.UpdateWeightsRequest
+        phase = phases.Phase.Name(request.phase)
+        self.weights.append(phase)
+        if phase in self.update_faults:
+            code = grpc.StatusCode.FAILED_PRECONDITION
+            await context.abort(code, self.update_faults[phase])
+        if request.phase == phases.PREPARE:
+            self.prepared_hash = f"hash of {request.path}"
+        elif request.phase == phases.COMMIT:
+            self.info = replace(self.info, model_hash=request.model_hash)
+        if phase in self.update_hangs:
+            await asyncio.Event().wait()
+        answer = self.prepared_hash if request.phase == phases.PREPARE else self.info.model_hash
+        return worker_service_pb2.UpdateWeightsResponse(model_hash=answer)
+
     async def SetDraining(self, request, context):  # noqa: ARG002, N802
         self.status = replace(self.status, is_draining=request.draining)
         return worker_service_pb2.SetDrainingResponse()
@@ -314,6 +352,7 @@ class FakeFleet:
     workers: dict[str, FakeWorker] = field(default_factory=dict)
     meetings: dict[tuple[str, int], Meeting] = field(default_factory=dict)
     incarnations: int = 0
+    hold_words: list[tuple[str, bool]] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> FakeWorker:
         return self.workers[name]

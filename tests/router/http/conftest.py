@@ -17,6 +17,7 @@ from pdserve.request import FinishReason
 from router.api import AbortOutcome, GenerationSpec, OutputEnd, OutputToken
 from router.http import Listeners
 from router.model_folder import ModelFolder
+from router.pause import Mode
 
 Script = Callable[[GenerationSpec], Sequence[OutputToken | OutputEnd]]
 
@@ -79,12 +80,16 @@ class ScriptedCore:
         self.refusal: Exception | None = None
         self.refusal_from = 0  # the first so many are let in
         self.is_ready: str | None = None
+        self.recalled: list[tuple[bytes, ...]] = []
+        self.recall_fault: Exception | None = None
         self.started: list[ScriptedGeneration] = []
         self.arrivals: asyncio.Queue[ScriptedGeneration] = asyncio.Queue()
         self.is_paused = False
         self.fault: Exception | None = None  # what operations raise
         self.aborts: list[Sequence[str] | None] = []
         self.flush_timeouts: list[float] = []
+        self.pauses: list[tuple[Mode, float | None]] = []
+        self.updates: list[tuple[str, float]] = []
         self.pause_gate = asyncio.Event()
         self.pause_gate.set()
         self._ids = itertools.count(1)
@@ -106,6 +111,11 @@ class ScriptedCore:
         self.started.append(generation)
         self.arrivals.put_nowait(generation)
         return generation
+
+    async def recall(self, idempotencies: Sequence[bytes]) -> None:
+        self.recalled.append(tuple(idempotencies))
+        if self.recall_fault is not None:
+            raise self.recall_fault
 
     def workers(self) -> Sequence[Mapping[str, Any]]:
         return [{"name": "prefill-0", "role": "prefill"}]
@@ -129,7 +139,10 @@ class ScriptedCore:
             tuple(one for one in asked if one not in known),
         )
 
-    async def pause(self) -> Mapping[str, Any]:
+    async def pause(
+        self, mode: Mode = Mode.ABORT, timeout_s: float | None = None
+    ) -> Mapping[str, Any]:
+        self.pauses.append((mode, timeout_s))
         if self.fault is not None:
             raise self.fault
         await self.pause_gate.wait()
@@ -139,6 +152,15 @@ class ScriptedCore:
     async def resume(self) -> Mapping[str, Any]:
         self.is_paused = False
         return {"is_paused": False}
+
+    def pause_state(self) -> Mapping[str, Any]:
+        return {"is_paused": self.is_paused}
+
+    async def update_weights(self, path: str, timeout_s: float) -> Mapping[str, Any]:
+        self.updates.append((path, timeout_s))
+        if self.fault is not None:
+            raise self.fault
+        return {"model_hash": "new", "updated": ["decode-0"], "failed": {}}
 
     async def flush_cache(self, timeout_s: float) -> Mapping[str, Any]:
         self.flush_timeouts.append(timeout_s)
@@ -174,10 +196,19 @@ def router_config() -> RouterConfig:
     return RouterConfig(port=0, admin_port=0, body_bytes_max=1 << 20, client_stall_s=1.0)
 
 
+@pytest.fixture
+def client_lease_s() -> float:
+    return 5.0
+
+
 @pytest_asyncio.fixture
-async def served(model: ModelFolder, router_config: RouterConfig) -> AsyncIterator[Served]:
+async def served(
+    model: ModelFolder, router_config: RouterConfig, client_lease_s: float
+) -> AsyncIterator[Served]:
     core = ScriptedCore(model)
-    listeners = Listeners(core, core, router_config, model, CollectorRegistry())
+    listeners = Listeners(
+        core, core, router_config, model, CollectorRegistry(), client_lease_s=client_lease_s
+    )
     port, admin_port = await listeners.start()
     url = f"http://127.0.0.1:{port}"
     async with (

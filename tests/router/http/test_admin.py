@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from pdserve.errors import Conflict, Unavailable
+from router.pause import Mode
 
 
 def error_of(answer: httpx.Response, status: int) -> Any:
@@ -63,6 +64,72 @@ async def test_pause_and_resume_report_what_is(served: Any) -> None:
     assert (await served.admin.post("/v1/resume")).json() == {"is_paused": False}
 
 
+async def test_a_pause_takes_mode_and_patience_and_needs_neither(served: Any) -> None:
+    await served.admin.post("/v1/pause")
+    await served.admin.post("/v1/pause", json={})
+    await served.admin.post("/v1/pause", json={"mode": "keep", "timeout_s": 2.5})
+    await served.admin.post("/v1/pause", json={"mode": "finish", "timeout_s": 0})
+    assert served.core.pauses == [
+        (Mode.ABORT, None), (Mode.ABORT, None), (Mode.KEEP, 2.5), (Mode.FINISH, 0.0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"mode": "gentle"}, "mode"),
+        ({"mode": "KEEP"}, "mode"),
+        ({"mode": ""}, "mode"),
+        ({"mode": 1}, "mode"),
+        ({"mode": ["keep"]}, "mode"),
+        ({"timeout_s": -1}, "timeout_s"),
+        ({"timeout_s": "1"}, "timeout_s"),
+        ({"timeout_s": 3601}, "timeout_s"),
+        ({"timeout_s": True}, "timeout_s"),
+    ],
+)
+async def test_a_senseless_pause_is_refused_by_field(served: Any, body: Any, param: str) -> None:
+    error = error_of(await served.admin.post("/v1/pause", json=body), 400)
+    assert error["param"] == param
+    assert served.core.pauses == []
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b'"keep"'])
+async def test_a_pause_with_a_body_that_is_no_object_is_refused(
+    served: Any, content: bytes
+) -> None:
+    error_of(await served.admin.post("/v1/pause", content=content), 400)
+    assert served.core.pauses == []
+
+
+async def test_an_update_passes_path_and_patience_on(served: Any) -> None:
+    answer = await served.admin.post("/v1/update_weights", json={"path": "/models/b"})
+    assert answer.json()["model_hash"] == "new"
+    await served.admin.post("/v1/update_weights", json={"path": "/c", "timeout_s": 9})
+    assert served.core.updates == [("/models/b", 120.0), ("/c", 9.0)]
+    served.core.fault = Conflict("the router is running; wanted it paused")
+    refused = await served.admin.post("/v1/update_weights", json={"path": "/c"})
+    assert "wanted it paused" in error_of(refused, 409)["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "path"),
+        ({"path": ""}, "path"),
+        ({"path": "/a\0b"}, "path"),
+        ({"path": 3}, "path"),
+        ({"path": "x" * 4097}, "path"),
+        ({"path": "/a", "timeout_s": 0}, "timeout_s"),
+        ({"path": "/a", "timeout_s": 1e9}, "timeout_s"),
+    ],
+)
+async def test_a_senseless_update_is_refused_by_field(served: Any, body: Any, param: str) -> None:
+    error = error_of(await served.admin.post("/v1/update_weights", json=body), 400)
+    assert error["param"] == param
+    assert served.core.updates == []
+
+
 async def test_a_pause_goes_on_when_the_operator_hangs_up(served: Any) -> None:
     served.core.pause_gate.clear()
     _, writer = await asyncio.open_connection("127.0.0.1", served.admin_port)
@@ -115,7 +182,9 @@ async def test_the_inside_can_be_looked_at(served: Any) -> None:
 
 async def test_pages_in_a_browser_cannot_operate(served: Any) -> None:
     headers = {"origin": "https://evil.example"}
-    for path in ("/v1/pause", "/v1/resume", "/flush_cache", "/v1/abort_requests"):
+    for path in (
+        "/v1/pause", "/v1/resume", "/v1/update_weights", "/flush_cache", "/v1/abort_requests",
+    ):  # fmt: skip
         answer = await served.admin.post(path, json={"all": True}, headers=headers)
         assert error_of(answer, 403)["code"] == "forbidden"
     assert not served.core.is_paused

@@ -1,0 +1,1 @@
+"""What happened, event by event: recorded by every process, checked and drawn afterwards."""
