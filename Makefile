@@ -3,7 +3,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m
 SOURCES := pdserve engine kvtransfer prefill decode router sim pdctl bench docs tests
 
-.PHONY: help setup run test check fmt proto docs bench bench-kv clean
+.PHONY: help setup run test check fmt proto docs bench bench-kv clean test-optimized chaos abort-matrix mutants
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/'
@@ -29,6 +29,19 @@ check: setup proto docs ## format, lint, types, floors, sizes, generated files, 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(RUN) pytest -q -m "not slow"
+
+# No check of what comes from outside may be an assert: without them everything still holds.
+test-optimized: setup ## the fast tests under python -O
+	PYTHONOPTIMIZE=1 $(RUN) pytest -q -m "not slow" $(ARGS)
+
+chaos: setup     ## faults on real processes, told as a table; pass ARGS="--only NAME --out results.json"
+	$(BIN)/python tests/chaos/run.py $(ARGS)
+
+abort-matrix: setup ## aborts at every stage on a live cluster; pass ARGS="--out results.json"
+	$(RUN) tests.chaos.abort_matrix $(ARGS)
+
+mutants: setup   ## take each guard away in a copy; the tests have to notice
+	$(RUN) tests.mutants.run $(ARGS)
 
 fmt: setup       ## rewrite files in place
 	$(BIN)/ruff format $(SOURCES)

@@ -15,7 +15,9 @@ import kvtransfer.receiver_session
 import kvtransfer.sender_session
 import pdctl.example
 import pdserve.config
+import pdserve.edge.leases
 import prefill.sequence
+import router.executions
 import router.pause
 import router.transitions
 
@@ -23,9 +25,14 @@ ROOT = Path(__file__).parent.parent
 
 MACHINES: list[tuple[str, Any]] = [
     ("A request's journey, on the router (`router/transitions.py`)", router.transitions),
+    ("A call with an Idempotency-Key, on the router (`router/executions.py`)", router.executions),
     ("The cluster, paused or not, on the router (`router/pause.py`)", router.pause),
     ("A request on a prefill worker (`prefill/sequence.py`)", prefill.sequence),
     ("A request on a decode worker (`decode/sequence.py`)", decode.sequence),
+    (
+        "A request a worker remembers for the next router (`pdserve/edge/leases.py`)",
+        pdserve.edge.leases,
+    ),
     (
         "A hand-off, seen from the sender (`kvtransfer/sender_session.py`)",
         kvtransfer.sender_session,

@@ -270,7 +270,7 @@ class RouterCore:
     # What the fleet says.
 
     def refusal(self, info: WorkerInfo) -> str | None:
-        """Say why a worker may not join: one endpoint serves one model, and no faults on purpose."""
+        """Say why a worker may not join: one endpoint serves one model, and no injected faults."""
         if info.is_test_build != self._is_test_build:
             seen = "a test build" if info.is_test_build else "no test build"
             wanted = "one" if self._is_test_build else "none"

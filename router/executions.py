@@ -18,8 +18,8 @@ Log = TypeVar("Log")
 class State(Enum):
     """Where an execution stands."""
 
-    READ = "read"  # it runs, and somebody reads it
-    ALONE = "alone"  # it runs, and nobody does
+    ALONE = "alone"  # it runs, and nobody reads it
+    READ = "read"  # it runs, and somebody does
     KEPT = "kept"  # it has ended, and can be read again
     GONE = "gone"
 
@@ -35,17 +35,17 @@ class Event(Enum):
 
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
-    State.READ: {
-        Event.JOINED: State.READ,
-        Event.LEFT: State.ALONE,
-        Event.ENDED: State.KEPT,
-        Event.DROPPED: State.GONE,
-    },
     State.ALONE: {
         Event.JOINED: State.READ,
         Event.ENDED: State.KEPT,
         Event.DROPPED: State.GONE,
         Event.EXPIRED: State.GONE,
+    },
+    State.READ: {
+        Event.JOINED: State.READ,
+        Event.LEFT: State.ALONE,
+        Event.ENDED: State.KEPT,
+        Event.DROPPED: State.GONE,
     },
     State.KEPT: {
         Event.JOINED: State.KEPT,

@@ -1,8 +1,8 @@
 """Sees to it that workers stand still while the cluster keeps its requests in place.
 
-What is wanted and what is are compared again and again: at each new link, at each heartbeat.
-So a worker that restarts or joins meanwhile is held too, and none stays held by a word that
-was lost, or by a router that is gone.
+What is wanted and what is are compared again and again, at each heartbeat.  So a worker that
+restarts or joins meanwhile is held too, and none stays held by a word that was lost, or by a
+router that is gone.
 
 Prefill workers first: they start nothing more, and what they are handing over still finds its
 decode worker moving.
@@ -69,11 +69,9 @@ class Holds:
         }
 
     def linked(self, name: str) -> None:
-        """Tell a worker that has just linked what is wanted of it."""
+        """Believe nothing of a worker that has just linked; its first heartbeat tells."""
         self._held.discard(name)
         self._why.pop(name, None)
-        if self._is_wanted(name):
-            self._call(name, is_held=True)
 
     def heard(self, name: str, status: WorkerStatus) -> None:
         """Compare what a worker says of itself with what is wanted."""

@@ -23,7 +23,7 @@ from pdserve.config import RouterConfig
 from pdserve.errors import NotFound, PdserveError
 from router.admin import Admin
 from router.api import Control, Generator
-from router.connection import Bounds, Connection, Exchange
+from router.connection import Bounds, ClientStalled, Connection, Exchange
 from router.generate import JSON_HEADERS, Generate
 from router.idempotency import Idempotency
 from router.model_folder import ModelFolder
@@ -163,6 +163,8 @@ class Listeners:
         route, methods = _find(routes, exchange.path)
         try:
             await self._route(exchange, route, methods)
+        except ClientStalled:
+            raise  # the connection's own end: nobody is left to tell, and nothing has failed
         except PdserveError as error:
             await _fail(exchange, error)
         except Exception as error:

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
-from pdserve.config import DecodeConfig, RouterConfig
 from pdserve import failpoints
+from pdserve.config import DecodeConfig, RouterConfig
 from pdserve.errors import PdserveError, Rejected
 from pdserve.history.events import NOTHING, Recorder
 from pdserve.request import FinishReason, Request

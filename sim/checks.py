@@ -4,8 +4,7 @@ Everything here raises ``SimViolation``; nothing is an ``assert``, so that it ho
 ``python -O`` too.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 
 from pdserve.errors import Expired, PdserveError, PeerLost, Rejected, Unavailable
 from pdserve.request import FinishReason
@@ -28,7 +27,10 @@ STATES = (
     "late landing dropped",
     "checksum mismatch",
     "deep pipeline",
-    "pause reached idle",
+    "pause reached abort",
+    "pause reached finish",
+    "pause reached keep",
+    "finished by another router",
     "pause forced",
     "flush refused",
     "flushes looked at",
@@ -115,10 +117,3 @@ def check_baseline(audits: Mapping[str, Audit]) -> None:
             raise SimViolation(f"{name}: not conserved: {audit.violation or audit.blocks}")
         if not (audit.is_fully_idle and audit.blocks.is_baseline):
             raise SimViolation(f"{name} still holds {audit.in_flight}")
-
-
-def check_tasks(who: str, seen: Sequence[str], known: Counter[str]) -> None:
-    """Require that a process runs the tasks it always runs, and no others."""
-    extra = Counter(seen) - known
-    if extra:
-        raise SimViolation(f"{who} has tasks left: {dict(extra)}")

@@ -36,6 +36,8 @@ class Client:
         self.may_be_aborted = False
         self.must_be_aborted = False
         self.is_cut = False
+        self.was_retried = False
+        self.retries_left = RETRIES_MAX
         self.ended_s: float | None = None
         self.wanted, self.wanted_finish = _reference(caller, oracle)
         self._watch = watch
@@ -80,19 +82,30 @@ class Client:
         if self.end is None and not self.has_left:
             self._fail("its stream ended without an end")
 
-    def cut(self) -> None:
-        """Note that the router died: its connection is reset."""
-        if not self.is_over:
-            self._watch.log(self.label, "is cut off")
+    def cut(self) -> bool:
+        """Note that the router died, its connection is reset; say whether to ask again."""
+        if self.is_over:
+            return False
+        self._watch.log(self.label, "is cut off")
+        self.retries_left -= 1
+        if not self.caller.spec.idempotency or self.has_left or self.retries_left < 0:
             self.is_cut = True
+            return False
+        self.tokens.clear()
+        self.was_retried = True
+        self._generation = None
+        return True
 
     # How.
 
     async def _start(self, core: RouterCore) -> Generation | None:
         retries = 0
+        spec = self.caller.spec
         while True:
             try:
-                return core.start(self.caller.spec)
+                if spec.idempotency:
+                    await core.recall([spec.idempotency])
+                return core.start(spec)
             except (Unavailable, Rejected) as error:
                 retries += 1
                 if retries > RETRIES_MAX:

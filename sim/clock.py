@@ -71,7 +71,7 @@ class VirtualLoop(LoopBase):
         self._runnable: list[Lane] = []
         self._running = self.world
         self._failure: BaseException | None = None
-        self._generator_lanes: dict[int, Lane] = {}
+        self._generators: dict[int, contextvars.Context] = {}
         self._is_running = False
         self._is_closed = False
 
@@ -84,7 +84,7 @@ class VirtualLoop(LoopBase):
         return lane
 
     def at(self, when_s: float, callback: Callable[..., object], *args: Any) -> Event:
-        """Let something happen to the world at a time; it may not raise."""
+        """Let something happen to the world at a time; what it raises ends the run."""
         event = Event(callback, args)
         self._made_count += 1
         heapq.heappush(self._timers, (when_s, self._made_count, event))
@@ -109,17 +109,20 @@ class VirtualLoop(LoopBase):
         """Let no callback of a lane run any more, and nothing of it be unwound."""
         lane.is_dead = True
         self._delist(lane)
+        lane.is_listed = True  # for good
 
     def park(self, lane: Lane) -> None:
         """Let a lane stand still."""
         lane.is_parked = True
         self._delist(lane)
+        lane.is_listed = True  # until it is woken
 
     def wake(self, lane: Lane) -> None:
         """Let a parked lane go on; whether its timers or its messages come first is open."""
         lane.is_parked = False
         if lane.is_dead:
             return
+        lane.is_listed = False
         late = [handle for handle in lane.late if not handle.cancelled()]
         late.sort(key=Handle.when)
         lane.late.clear()
@@ -132,15 +135,15 @@ class VirtualLoop(LoopBase):
 
     def slow(self, lane: Lane, lag_s: float) -> None:
         """Let every turn of a lane take ``lag_s``; 0 lets it run freely."""
-        self._delist(lane)
         lane.lag_s = lag_s
-        if lane.ready and not lane.is_parked and not lane.is_dead:
+        if lane.is_parked or lane.is_dead:
+            return
+        self._delist(lane)
+        if lane.ready:
             self.enlist(lane)
 
     def enlist(self, lane: Lane) -> None:
         """Let a lane run that has something ready and is not listed."""
-        if lane.is_listed or lane.is_dead or lane.is_parked:
-            return
         lane.is_listed = True
         if lane.lag_s:
             self.after(lane.lag_s, self._begin_turn, lane)
@@ -148,7 +151,8 @@ class VirtualLoop(LoopBase):
             self._runnable.append(lane)
 
     def _begin_turn(self, lane: Lane) -> None:
-        if lane.is_listed and lane.lag_s and lane not in self._runnable:
+        is_resting = lane.is_listed and lane.lag_s and lane not in self._runnable
+        if is_resting and not (lane.is_parked or lane.is_dead):
             lane.quota = len(lane.ready)
             if lane.quota:
                 self._runnable.append(lane)
@@ -283,7 +287,11 @@ class VirtualLoop(LoopBase):
         if not self._is_closed:
             lane.ready.append(handle)  # also of a dead lane: what is dropped is unwound
             if not lane.is_listed:
-                self.enlist(lane)
+                if lane.lag_s:
+                    self.enlist(lane)
+                else:
+                    lane.is_listed = True
+                    self._runnable.append(lane)
         return handle
 
     call_soon_threadsafe = call_soon
@@ -424,13 +432,16 @@ class VirtualLoop(LoopBase):
             raise RuntimeError("the event loop is closed")
 
     def _begin_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
-        self._generator_lanes[id(generator)] = LANE.get() or self.world
+        self._generators[id(generator)] = contextvars.copy_context()
 
     def _end_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
-        """Close a generator that its process has dropped, as asyncio does."""
-        lane = self._generator_lanes.pop(id(generator), self.world)
-        if not (self._is_closed or lane.is_dead):
-            self.call_soon(self.create_task, generator.aclose())
+        """Close a generator that was dropped, as asyncio does, in the process that began it."""
+        context = self._generators.pop(id(generator))
+        if not self._is_closed:
+            self.call_soon(self._close_generator, generator, context=context)
+
+    def _close_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
+        self.create_task(generator.aclose())
 
     def __repr__(self) -> str:
         lanes = ", ".join(repr(lane) for lane in self._lanes)

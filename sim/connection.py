@@ -54,9 +54,9 @@ class End:
         return self.over_because is not None or self.node.is_dead
 
     def send(self, size_bytes: int, deliver: Callable[..., object], *args: Any) -> None:
-        """Let ``deliver`` happen at the other side, if both live until then."""
+        """Let ``deliver`` happen at the other side, which may be over by then."""
         if not self.is_over:
-            self.pipe.send(size_bytes, _deliver, self.peer, deliver, args)
+            self.pipe.send(size_bytes, deliver, *args)
 
     def lose(self, why: str, *, told: str | None = None) -> None:
         """Have no connection any more; ``told`` is what the peer is told.  Idempotent."""
@@ -100,11 +100,6 @@ class End:
 
     def __repr__(self) -> str:
         return f"<End of {self.node.name} to {self.peer.node.name}>"
-
-
-def _deliver(end: End, deliver: Callable[..., object], args: tuple[Any, ...]) -> None:
-    if not end.is_over:
-        deliver(*args)
 
 
 class Connection:
@@ -151,7 +146,7 @@ class Connection:
         for end in self.ends:
             if end.node is node:
                 end.pipe.cut_off(self.links.rng.randint(0, end.pipe.count))
-                end.pipe.send(0, _deliver, end.peer, end.peer.lose, ("Connection reset by peer",))
+                end.pipe.send(0, end.peer.lose, "Connection reset by peer")
         self.note_over()
 
     def watch_pings(self) -> None:

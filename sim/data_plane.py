@@ -275,10 +275,9 @@ class SimEndpoint:
         if self.fault is not None or self.owner.node.is_dead:
             return
         self.fault = message
-        on_lost, self._on_lost = self._on_lost, None
-        if on_lost is not None:
+        if self._on_lost is not None:
             self.owner.count("lost, reset" if is_reset else "lost, silent")
-            self.owner.tell(_Lost(on_lost, message, is_reset=is_reset))
+            self.owner.tell(_Lost(self._on_lost, message, is_reset=is_reset))
         self.owner.node.after(CLOSE_S * self.owner.rng.random(), self.release)
 
     def release(self) -> None:

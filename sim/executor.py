@@ -14,6 +14,7 @@ from random import Random
 
 from engine.executor import ModelInfo, OnLayer
 from engine.step import Chunk, SampledToken, StepPlan, StepResult
+from pdserve.errors import InvalidModel
 from pdserve.layout import KvLayout, KvMemory
 from pdserve.request import Key, Request
 from sim.oracle import POISON, WORD, KvChain, Oracle, SimViolation
@@ -120,6 +121,16 @@ class SimExecutor:
         self.in_flight_count += 1
         self.in_flight_max = max(self.in_flight_max, self.in_flight_count)
         return run.future
+
+    def prepare_weights(self, path: str) -> ModelInfo:
+        """See ``Executor``; the oracle is one model and no other."""
+        raise InvalidModel(f"{path!r}: a simulated device knows the oracle only")
+
+    def commit_weights(self) -> None:
+        """See ``Executor``.  Nothing can have been prepared."""
+
+    def discard_weights(self) -> None:
+        """See ``Executor``.  Nothing can have been prepared."""
 
     def close(self) -> None:
         """See ``Executor``.  Late writers may still come, so the pool outlives this."""

@@ -39,7 +39,7 @@ class Lane:
         self.executor_s = 0.0  # when its executor thread is free again
         self.is_dead = False
         self.is_parked = False
-        self.is_listed = False  # among the runnable ones, or resting until its next turn
+        self.is_listed = False  # among the runnable ones, or it may not be
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Hold a task until it is done, so that no coroutine is unwound by being forgotten."""
@@ -77,10 +77,7 @@ class Handle(asyncio.TimerHandle):
         self._loop = loop
         self._context = context
         self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
         self._when = when_s
-        self._scheduled = False
         self.lane = lane
 
     def cancel(self) -> None:
@@ -92,14 +89,18 @@ class Handle(asyncio.TimerHandle):
     def ring(self) -> None:
         """Join the lane: it is time."""
         lane = self.lane
-        if lane.is_dead or self._cancelled:
+        if self._cancelled:
             return
         if lane.is_parked:
             lane.late.append(self)
             return
-        lane.ready.append(self)
+        lane.ready.append(self)  # also of a dead lane: what is dropped is unwound
         if not lane.is_listed:
             self._loop.enlist(lane)
+
+    def __repr__(self) -> str:
+        state = "cancelled" if self._cancelled else f"{self._callback!r}"
+        return f"<Handle of {self.lane.name} at {self._when:.6f}: {state}>"
 
     def run(self) -> None:
         """Run, in the context it was made in."""

@@ -189,20 +189,18 @@ class Parcel:
 class Pipe:
     """What one side of a connection has sent: it arrives in order, all or up to some point."""
 
-    __slots__ = ("_flight", "_is_armed", "_last_s", "_links", "link")
+    __slots__ = ("_flight", "_is_armed", "_links", "link")
 
     def __init__(self, links: Links, link: Link) -> None:
         self.link = link
         self._links = links
         self._flight: deque[tuple[float, Callable[..., object], tuple[Any, ...]]] = deque()
-        self._last_s = 0.0
         self._is_armed = False
 
     def send(self, size_bytes: int, deliver: Callable[..., object], *args: Any) -> None:
         """Send something behind all that was sent before."""
         links = self._links
         arrive_s = links.loop.time() + links.transit_s(self.link, size_bytes)
-        self._last_s = arrive_s = max(arrive_s, self._last_s)
         self._flight.append((arrive_s, deliver, args))
         if not self._is_armed:
             self._is_armed = True
@@ -224,7 +222,6 @@ class Pipe:
         links = self._links
         resent, self._flight = self._flight, deque()
         self._is_armed = False
-        self._last_s = 0.0
         for _, deliver, args in resent:
             self.send(0, deliver, *args)
         if resent:

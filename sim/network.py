@@ -169,6 +169,8 @@ class _Dial:
         connection.ends[1].send(0, self._answered, connection)
 
     def _answered(self, connection: Connection) -> None:
+        if self._node.is_dead:
+            return
         if self._is_over:
             connection.ends[0].lose("given up", told="Socket closed")
             return

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pdserve.errors import Conflict, PdserveError
 from router.core import RouterCore
+from router.pause import Mode
 from sim.clients import Client
 from sim.oracle import SimViolation
 from sim.schedule import Kind, Trouble
@@ -18,8 +19,9 @@ from sim.watch import Watch
 
 FLUSH_S = 0.2
 POLL_S = 0.1
-SLACK_S = 3.0
-"""Beyond ``router.pause_s``, how long a pause may take: two rounds of calls with a deadline."""
+MODES = (Mode.ABORT, Mode.ABORT, Mode.FINISH, Mode.KEEP)
+SLACK_S = {Mode.ABORT: 3.0, Mode.FINISH: 8.0, Mode.KEEP: 3.0}
+"""Beyond ``router.pause_s``, how long a pause may take: its remedies, and calls in between."""
 
 
 class Scene(Protocol):
@@ -52,7 +54,7 @@ class Operators:
         """Do what a schedule says."""
         match trouble.kind:
             case Kind.PAUSE:
-                await self._pause(trouble.duration_s)
+                await self._pause(trouble)
             case Kind.FLUSH:
                 await self._flush(trouble.amount)
             case Kind.ABORT_SOME:
@@ -75,26 +77,31 @@ class Operators:
                     del drained[name]
             await asyncio.sleep(POLL_S)
 
-    async def _pause(self, duration_s: float) -> None:
+    async def _pause(self, trouble: Trouble) -> None:
+        mode = MODES[int(trouble.amount * len(MODES))]
         began_s = _now_s()
-        self._log("pauses")
-        for client in self._scene.clients:
-            client.may_be_aborted |= client.is_live
-        self._watch.pausing_count += 1
-        answer = await self._core.pause()
-        self._watch.pausing_count -= 1
+        self._log(f"pauses, mode {mode.value}")
+        if mode is not Mode.KEEP:
+            for client in self._scene.clients:
+                client.may_be_aborted |= client.is_live
+            self._watch.pausing_count += 1
+        try:
+            answer = await self._core.pause(mode)
+        except Conflict as error:
+            self._log(f"cannot pause: {error.message}")
+            return
+        finally:
+            self._watch.pausing_count -= mode is not Mode.KEEP
         took_s = _now_s() - began_s
         self._log(f"paused: {answer['paused']} after {took_s:.3f} s, {answer['in_flight']}")
         self._watch.counts[Kind.PAUSE.value] += 1
-        self._watch.counts["pause reached idle"] += bool(answer["paused"])
+        self._watch.counts[f"pause reached {mode.value}"] += bool(answer["paused"])
         self._watch.counts["pause forced"] += bool(answer["forced"])
-        if self._pause_s is not None and took_s > self._pause_s + SLACK_S:
-            self._fail(f"a pause took {took_s:.2f} s; wanted {self._pause_s + SLACK_S:.2f}")
-        if answer["paused"]:
-            self._require_idle("paused")
-        await asyncio.sleep(duration_s)
-        if answer["paused"] and self._core.is_paused:
-            self._require_idle("still paused")
+        if self._pause_s is not None and took_s > self._pause_s + SLACK_S[mode]:
+            self._fail(f"a pause took {took_s:.2f} s, mode {mode.value}")
+        self._require_idle("paused")
+        await asyncio.sleep(trouble.duration_s)
+        self._require_idle("still paused")
         await self._core.resume()
         self._log("resumed")
 
@@ -156,10 +163,13 @@ class Operators:
 
     def _require_idle(self, what: str) -> None:
         """Compare the cluster's word with what its devices really do (V7, V9)."""
+        if not self._core.is_paused:
+            return
         busy = self._scene.busy_workers()
-        if busy or self._core.table.live:
-            live = len(self._core.table.live)
-            self._fail(f"{what}, with {live} requests live and steps on devices: {dict(busy)}")
+        is_kept = self._core.pause_state()["mode"] == Mode.KEEP.value
+        live_count = 0 if is_kept else len(self._core.table.live)
+        if busy or live_count:
+            self._fail(f"{what}, with {live_count} requests live, steps on devices: {dict(busy)}")
 
     def _log(self, what: str) -> None:
         self._watch.log("operator", what)

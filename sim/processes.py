@@ -4,13 +4,13 @@ Everything here but the device is the production code, started as its own ``__ma
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Coroutine
 from random import Random
 from typing import Any
 
 from pdserve.config import ClusterConfig
 from pdserve.edge.hosting import HostedWorker, host
+from pdserve.history.events import MemoryRecorder
 from router.core import RouterCore
 from sim.clients import Client
 from sim.data_plane import SimDataPlane
@@ -22,7 +22,6 @@ from sim.watch import Watch, WatchedDecode, WatchedPrefill
 
 PORT = 7000
 ROUTER = "router"
-ROUTER_TASKS = Counter({"router timer": 1})
 
 
 class RouterProcess:
@@ -31,6 +30,8 @@ class RouterProcess:
     def __init__(self, node: Node, config: ClusterConfig, network: SimNetwork, rng: Random) -> None:
         self.node = node
         self.name = node.name
+        incarnation = rng.getrandbits(63) | 1
+        self.history = MemoryRecorder(node.name, incarnation, node.loop.time)
         self.core = RouterCore(
             config.router,
             config.heartbeat,
@@ -39,6 +40,8 @@ class RouterProcess:
             is_test_build=config.test.enabled,
             rng=rng,
             network=network.for_node(node),
+            incarnation=incarnation,
+            history=self.history,
         )
         self.clients: list[Client] = []
         node.spawn(self.core.open(), name="open")
@@ -52,11 +55,10 @@ class RouterProcess:
         """Let an operation run in the router's process."""
         return self.node.spawn(work, name=name)
 
-    def crash(self) -> None:
-        """Die at once."""
+    def crash(self) -> list[Client]:
+        """Die at once; return the clients that will ask again."""
         self.node.crash()
-        for client in self.clients:
-            client.cut()
+        return [client for client in self.clients if client.cut()]
 
 
 class WorkerProcess:
@@ -89,6 +91,7 @@ class WorkerProcess:
             rng=rng,
             on_violation=watch.violated,
         )
+        self.history = MemoryRecorder(node.name, self.incarnation, node.loop.time)
         self.worker: WatchedPrefill | WatchedDecode | None = None
         self._config = config
         self._network = network.for_node(node)
@@ -117,6 +120,7 @@ class WorkerProcess:
             drain_s=drain_s,
             network=self._network,
             stopping=self._stopping,
+            history=self.history,
         )
         # A process takes its tasks along; that there are any is a leak all the same.
         await asyncio.sleep(0.1)
@@ -134,6 +138,7 @@ class WorkerProcess:
             "incarnation": self.incarnation,
             "executor": self.executor,
             "watch": self._watch,
+            "history": self.history,
         }
         if self.is_prefill:
             self.worker = WatchedPrefill(self._config, self._transport, **shared)

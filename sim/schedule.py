@@ -293,6 +293,8 @@ def _spec(rng: Random, stems: list[tuple[int, ...]], label: str) -> GenerationSp
             temperature=0.0 if is_greedy else 1.0, seed=0 if is_greedy else rng.randrange(1 << 32)
         ),
         cache_salt=rng.choice((b"", b"", b"tenant")),
+        # The name a client gave it, then what it asked for under that name.
+        idempotency=rng.randbytes(32) if rng.random() < 0.3 else b"",
         label=label,
     )
 
@@ -338,7 +340,7 @@ def _trouble(
             senders = [name for name in workers if name.startswith("prefill")]
             return Trouble(kind, at_s, (rng.choice(senders),))
         case Kind.PAUSE:
-            return Trouble(kind, at_s, (), rng.choice((0.0, 0.1, 0.5)))
+            return Trouble(kind, at_s, (), rng.choice((0.0, 0.1, 0.5)), rng.random())
         case _:
             return Trouble(kind, at_s, (), 0.0, rng.random())
 

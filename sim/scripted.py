@@ -24,9 +24,11 @@ from engine.executor import Executor, ModelInfo, OnLayer
 from engine.step import StepPlan, StepResult
 from kvtransfer.transport.memory import MemoryHub, MemoryTransport
 from pdserve.config import ClusterConfig
+from pdserve.edge.history import HistoryFile
 from pdserve.edge.process import new_incarnation
 from pdserve.edge.registration import announce
 from pdserve.edge.rpc import GRPC
+from pdserve.history.events import Event
 from pdserve.layout import KvMemory
 from pdserve.request import Key
 from pdserve.status import Audit
@@ -209,6 +211,9 @@ class ScriptedWorker:
         self, config: ClusterConfig, role: type[PrefillWorker | DecodeWorker], hub: MemoryHub
     ) -> None:
         own = config.prefill if role is PrefillWorker else config.decode
+        name = "prefill-0" if role is PrefillWorker else "decode-0"
+        incarnation = new_incarnation()
+        self._history = HistoryFile(config.history, name, incarnation)
         self.pace = Pace()
         self.executor = HeldExecutor(
             load_executor(
@@ -227,10 +232,11 @@ class ScriptedWorker:
             config,
             self.executor,
             MemoryTransport(hub),
-            name="prefill-0" if role is PrefillWorker else "decode-0",
+            name=name,
             address=f"127.0.0.1:{port}",
-            incarnation=new_incarnation(),
+            incarnation=incarnation,
             pace=self.pace,
+            history=self._history.recorder,
         )
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -265,6 +271,9 @@ class ScriptedWorker:
         await runner
         await self._server.stop(grace=0)
         await self.worker.close()
+        in_flight = sum(self.audit.in_flight.values())
+        self._history.recorder.record(Event.STOP, in_flight=in_flight)
+        self._history.close()
         self.executor.close()
 
 
@@ -274,7 +283,16 @@ class Script:
     def __init__(self, config: ClusterConfig) -> None:
         self._key_count = 0
         self.hub = MemoryHub()
-        self.core = RouterCore(config.router, config.heartbeat, config.decode)
+        incarnation = new_incarnation()
+        self.history = HistoryFile(config.history, "router", incarnation)
+        self.core = RouterCore(
+            config.router,
+            config.heartbeat,
+            config.decode,
+            is_test_build=config.test.enabled,
+            incarnation=incarnation,
+            history=self.history.recorder,
+        )
         self.prefill = ScriptedWorker(config, PrefillWorker, self.hub)
         self.decode = ScriptedWorker(config, DecodeWorker, self.hub)
 
@@ -329,5 +347,7 @@ async def run_script(script: _Script) -> AsyncIterator[_Script]:
         await script.quiesce()
     finally:
         await script.core.close()
+        script.history.recorder.record(Event.STOP, in_flight=len(script.core.table.live))
+        script.history.close()
         await script.prefill.close()
         await script.decode.close()

@@ -159,14 +159,8 @@ async def _run(handler: Any, context: "SimContext") -> None:
     if inspect.iscoroutinefunction(serve):
         await serve(context.messages(), context)
         return
-    answers = serve(context.messages(), context)
-    try:
-        async for answer in answers:
-            await context.write(answer)
-    except BaseException:
-        # What a dropped generator has left to do, it does in a task of its own.
-        asyncio.get_running_loop().create_task(answers.aclose())
-        raise
+    async for answer in serve(context.messages(), context):
+        await context.write(answer)
 
 
 class SimContext:

@@ -178,9 +178,11 @@ class Troubles:
         world = self._world
         if world.router.node.is_dead:
             return
-        world.router.crash()
+        cut = world.router.crash()
         world.pausing_count = 0
         self._happened(trouble)
+        for client in cut:
+            world.reconnect(client)
 
         def restart() -> None:
             if world.router.node.is_dead:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from decode.effects import Effect as DecodeEffect, Ended as DecodeEnded
 from decode.worker import DecodeWorker
-from pdserve.status import Audit
+from pdserve.status import BlockCounts
 from prefill.effects import Effect as PrefillEffect, Ended as PrefillEnded
 from prefill.scheduler import PrefillScheduler
 from prefill.sequence import State
@@ -67,7 +67,7 @@ class WatchedPrefill(PrefillWorker):
         """Let every machine check itself; what it raises ends the worker, and so the run."""
         self._scheduler.check()
         self._sender.check()
-        require_conserved(self.info.name, self.audit())
+        require_conserved(self.info.name, self._holdings.pool.counts)
 
     def flush_cache(self) -> int:
         """See ``PrefillWorker``; nothing may be in flight whoever asks."""
@@ -104,7 +104,7 @@ class WatchedDecode(DecodeWorker):
         """Let every machine check itself; what it raises ends the worker, and so the run."""
         self._scheduler.check()
         self._receiver.check()
-        require_conserved(self.info.name, self.audit())
+        require_conserved(self.info.name, self._holdings.pool.counts)
 
     def flush_cache(self) -> int:
         """See ``DecodeWorker``; nothing may be in flight whoever asks."""
@@ -126,10 +126,10 @@ def _waits_for_credit(scheduler: PrefillScheduler) -> bool:
     return any(not scheduler._has_credit(sequence) for sequence in inbox.values())  # noqa: SLF001
 
 
-def require_conserved(name: str, audit: Audit) -> None:
+def require_conserved(name: str, blocks: BlockCounts) -> None:
     """Raise ``SimViolation`` unless every block is somewhere, once (V6)."""
-    if not audit.is_conserved:
-        raise SimViolation(f"{name}: not conserved: {audit.violation or audit.blocks}")
+    if not blocks.is_conserved:
+        raise SimViolation(f"{name}: not conserved: {blocks}")
 
 
 def require_quiet(name: str, device: SimExecutor, watch: Watch) -> None:

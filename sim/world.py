@@ -8,6 +8,7 @@ requests are served whole, the caches can be flushed, and nobody holds anything 
 import asyncio
 import hashlib
 import logging
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from random import Random
 
 from pdserve.config import load
 from pdserve.errors import Unavailable
+from pdserve.history.checker import check
+from pdserve.history.events import MemoryRecorder
 from sim import checks, schedule
 from sim.clients import RETRIES_MAX, RETRY_S, Client
 from sim.clock import START_S, SimulationError, VirtualLoop
@@ -91,6 +94,7 @@ class World:
         self._lines: list[str] = []
         self._is_traced = is_traced
         self._digest = hashlib.blake2b(digest_size=8)
+        self._histories: list[MemoryRecorder] = []
         self._verdict: SimViolation | None = None
 
     def run(self) -> Outcome:
@@ -100,6 +104,10 @@ class World:
             self.loop.run_until_complete(self._play())
         except (SimViolation, SimulationError) as error:
             violation = str(error)
+        except Exception as error:
+            # A machine's own check, or a fault of the simulator's: it is told like the others.
+            violation = f"{type(error).__name__}: {error}"
+            self._lines += traceback.format_exception(error)
         if self._verdict is not None:
             violation = str(self._verdict)
         if violation is not None:
@@ -148,6 +156,7 @@ class World:
         """Start the router, anew if need be."""
         node = Node(self.loop, ROUTER)
         self.router = RouterProcess(node, self.config, self.network, self.rng)
+        self._histories.append(self.router.history)
         self.log(ROUTER, "starts")
 
     def start_worker(self, name: str) -> None:
@@ -163,6 +172,7 @@ class World:
             rng=self.rng,
             watch=self,
         )
+        self._histories.append(self.workers[name].history)
         self.log(name, "starts")
 
     def operators(self) -> Operators:
@@ -211,6 +221,7 @@ class World:
         await self._await_baseline()
         self._judge()
         await self._close()
+        self._judge_history()
 
     def _call(self, caller: Caller, attempt: int = 0, *, is_probe: bool = False) -> Client:
         client = Client(caller, self.oracle, self, self.rng)
@@ -218,10 +229,14 @@ class World:
         self._connect(client, 0)
         return client
 
+    def reconnect(self, client: Client) -> None:
+        """Let a client whose router died ask the next one."""
+        self.loop.call_later(RETRY_S, self._connect, client, 0)
+
     def _connect(self, client: Client, retries: int) -> None:
         if not self.router.node.is_dead:
             self.router.serve(client)
-        elif retries < RETRIES_MAX:
+        elif retries < RETRIES_MAX or client.was_retried:
             self.loop.call_later(RETRY_S, self._connect, client, retries + 1)
         else:
             client.refusal = Unavailable("no router", reason="connection refused")
@@ -279,6 +294,7 @@ class World:
         for client in self.clients:
             how = checks.check_outcome(client, self.plan.kinds, self.hit_requests)
             self.counts[how] += 1
+            self.counts["finished by another router"] += client.was_retried and how == "finished"
             described = self.router.core.request(client.request_id)
             if described is not None:
                 self.counts["resumed"] += described["attempt"] > 0
@@ -289,6 +305,14 @@ class World:
         late = ("late_landed", "landing of no open reservation", "refused_landed")
         self.counts["late landing dropped"] += sum(dropped.get(cause, 0) for cause in late)
         self.counts["checksum mismatch"] += dropped.get("checksum_mismatch", 0)
+
+    def _judge_history(self) -> None:
+        """Let the checker of histories have its say: it knows nothing of the oracle."""
+        findings = check([recorder.history for recorder in self._histories], is_quiet=True)
+        for finding in findings:
+            self.log("history", str(finding))
+        if findings:
+            raise SimViolation(f"the history tells of it: {findings[0]}")
 
     async def _close(self) -> None:
         """End every process in order; none may leave anything behind."""

@@ -98,25 +98,27 @@ class FileRecorder:
 
 
 class HistoryFile:
-    """A process's history from start to end, as ``with`` wants it; faults are part of it."""
+    """A process's history from start to end; injected faults are part of it.
+
+    ``recorder`` is the one that is off where no history is wanted.
+    """
 
     def __init__(self, config: HistoryConfig, who: str, incarnation: int) -> None:
         self._file = FileRecorder(Path(config.path), who, incarnation) if config.path else None
-        self._unwatch: Callable[[], None] | None = None
-
-    def __enter__(self) -> Recorder:
-        """Begin; the recorder that is off where no history is wanted."""
-        if self._file is None:
-            return NOTHING
+        self.recorder: Recorder = self._file or NOTHING
         self._unwatch = failpoints.watch(self._fault)
-        return self._file
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         """Write the rest."""
-        if self._unwatch is not None:
-            self._unwatch()
+        self._unwatch()
         if self._file is not None:
             self._file.close()
+
+    def __enter__(self) -> Recorder:
+        return self.recorder
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _fault(self, point: str, action: str) -> None:
         # Flushed at once: the fault may be this process's last act.

@@ -101,7 +101,7 @@ class Caller(asyncio.Protocol):
         if not self.is_over:
             self._parser.feed_data(data)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         self._end(End.RESET)
 
     # The parser's side.

@@ -13,6 +13,7 @@ from enum import Enum
 
 from tests.chaos.abort_caller import Caller
 from tests.chaos.abort_desk import Desk, Row, Stage, stage_of
+from tests.chaos.cluster import CheckFailed
 from tests.chaos.load import Ask, Client, End, References, end_faults
 
 PATIENCE_S = 60.0
@@ -123,11 +124,9 @@ class Crowd:
 
     async def _one(self, plan: Plan) -> Outcome:
         while True:
-            self._count += 1
             deed = _Deed(plan)
             pauses_before = self.pause_count if self._is_open.is_set() else self.pause_count - 1
-            caller = Caller(plan.ask, f"abort-{self._count}", lambda one: self._news(deed, one))
-            self._arm(deed, caller)
+            caller = self._armed(deed)
             salt = caller.label if plan.is_salted else ""
             try:
                 await caller.ask(self._client.url, self._client.model, salt=salt)
@@ -146,12 +145,16 @@ class Crowd:
 
     # Aborting.
 
-    def _arm(self, deed: _Deed, caller: Caller) -> None:
+    def _armed(self, deed: _Deed) -> Caller:
+        """Make the caller of a plan, and set up what will abort it."""
+        self._count += 1
         plan = deed.plan
+        caller = Caller(plan.ask, f"abort-{self._count}", lambda one: self._news(deed, one))
         if plan.delay_s is not None:
             asyncio.get_running_loop().call_later(plan.delay_s, self._abort, deed, caller)
         elif plan.stage in (Stage.QUEUED, Stage.PREFILLING):
             self.desk.watch(caller.label, lambda row: self._seen(deed, caller, row))
+        return caller
 
     def _seen(self, deed: _Deed, caller: Caller, row: Row) -> bool:
         if deed.plan.stage is Stage.PREFILLING and row["state"] == "queued":
@@ -229,7 +232,7 @@ class Crowd:
                 await self.desk.gone(caller.label)
                 return
             row = await self.desk.ended(caller.answer.request_id)
-        except TimeoutError:
+        except CheckFailed:
             outcome.faults.append("aborted, and still alive at the router")
             return
         outcome.stage = stage_of(row)

@@ -85,16 +85,21 @@ class Desk:
         return {0: 200, 5: 404}.get(code, 1000 + code)
 
     async def ended(self, request_id: str) -> Row:
-        """Wait until a request has ended at the router; raises ``TimeoutError``."""
-        async with asyncio.timeout(ENDED_S):
-            while True:
-                answer = await self.cluster.admin("GET", f"/admin/v1/requests/{request_id}")
-                if answer.status_code == 200 and answer.json()["state"] == "ended":
-                    return dict(answer.json())
-                await asyncio.sleep(POLL_S)
+        """Wait until a request has ended at the router; raises ``CheckFailed``."""
+        found: list[Row] = []
+
+        async def has_ended() -> bool:
+            answer = await self.cluster.admin("GET", f"/admin/v1/requests/{request_id}")
+            found[:] = [answer.json()] if answer.status_code == 200 else []
+            return bool(found) and found[0]["state"] == "ended"
+
+        await self.cluster.await_true(f"{request_id} has ended", has_ended, ENDED_S)
+        return found[0]
 
     async def gone(self, label: str) -> None:
-        """Wait until no live request has this label; raises ``TimeoutError``."""
-        async with asyncio.timeout(ENDED_S):
-            while any(row["label"] == label for row in await self.cluster.requests()):
-                await asyncio.sleep(POLL_S)
+        """Wait until no live request has this label; raises ``CheckFailed``."""
+
+        async def is_gone() -> bool:
+            return all(row["label"] != label for row in await self.cluster.requests())
+
+        await self.cluster.await_true(f"{label} is gone", is_gone, ENDED_S)

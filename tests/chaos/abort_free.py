@@ -7,17 +7,19 @@ clock stops when the answer of the audit that shows it is here, so the polling i
 
 import asyncio
 import itertools
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import psutil
 
 from pdserve.v1 import worker_service_pb2, worker_service_pb2_grpc
 from tests.chaos.abort_caller import Caller
 from tests.chaos.abort_desk import Desk, Stage, stage_of
 from tests.chaos.abort_storm import LARGE, LONGEST, MIDDLE
-from tests.chaos.cluster import CheckFailed
+from tests.chaos.cluster import CheckFailed, Cluster
 from tests.chaos.load import Client, References
 
 STAGES = (Stage.PREFILLING, Stage.TRANSFERRING, Stage.DECODING)
@@ -34,6 +36,36 @@ class Sample:
     stage: Stage
     is_loaded: bool
     free_s: float
+
+
+@dataclass(slots=True)
+class Others:
+    """How much of the processors somebody else used: a slow minute may not be ours."""
+
+    cluster: Cluster
+    began_s: float = 0.0
+    busy_s: float = 0.0
+    own_s: float = 0.0
+
+    def begin(self) -> None:
+        """Start counting."""
+        self.began_s, self.busy_s, self.own_s = time.monotonic(), _busy_s(), self._own_s()
+
+    def share(self) -> float:
+        """Say which share of all processors went elsewhere since ``begin``."""
+        took_s = (time.monotonic() - self.began_s) * (os.cpu_count() or 1)
+        elsewhere_s = (_busy_s() - self.busy_s) - (self._own_s() - self.own_s)
+        return max(0.0, elsewhere_s / took_s)
+
+    def _own_s(self) -> float:
+        times = [psutil.Process(pid).cpu_times() for pid in self.cluster.pids().values()]
+        times.append(psutil.Process().cpu_times())
+        return sum(one.user + one.system for one in times)
+
+
+def _busy_s() -> float:
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0))
 
 
 class Ledgers:
@@ -63,18 +95,24 @@ class Ledgers:
     async def await_most(self, count: int) -> None:
         """Wait until no more than so many are held."""
         async with asyncio.timeout(FREED_S):
-            while await self.held_count() > count:
+            while True:
+                if await self.held_count() <= count:
+                    return
                 await asyncio.sleep(POLL_S)
 
 
 async def measure(
     desk: Desk, client: Client, references: References, idle_count: int, loaded_count: int
-) -> tuple[list[Sample], list[str]]:
-    """Take samples on an idle and on a loaded cluster."""
+) -> tuple[list[Sample], dict[bool, float], list[str]]:
+    """Take samples on an idle and on a loaded cluster.
+
+    Returns also which share of the processors others used, and what went wrong.
+    """
     rows = await desk.cluster.workers()
     ledgers = Ledgers({name: row["address"] for name, row in rows.items()})
     faults: list[str] = []
     samples: list[Sample] = []
+    others, shares = Others(desk.cluster), {False: 0.0, True: 0.0}
     number = itertools.count()
 
     async def take(taken_count: int, held: int) -> bool:
@@ -87,8 +125,11 @@ async def measure(
         return True
 
     try:
+        others.begin()
         while len(samples) < idle_count:
             await take(len(samples), 0)
+        shares[False] = others.share()
+        others.begin()
         while len(samples) < idle_count + loaded_count:
             crowd = await _loaded(desk, client, ledgers)
             while len(samples) < idle_count + loaded_count and await take(len(samples), LOAD):
@@ -98,18 +139,19 @@ async def measure(
                 faults += [f"the load got {wrong_count} wrong tokens"] if wrong_count else []
                 caller.hang_up(is_reset=False)
             await ledgers.await_most(0)
+        shares[True] = others.share()
     except (TimeoutError, CheckFailed) as error:
         faults.append(f"the workers never let go of an aborted request: {error}")
     finally:
         await ledgers.close()
-    return samples, faults
+    return samples, shares, faults
 
 
 async def _loaded(desk: Desk, client: Client, ledgers: Ledgers) -> list[Caller]:
     """Start streams that last; they are all decoding when this returns."""
     callers = []
     for number in range(LOAD):
-        caller = Caller(LONGEST[number % len(LONGEST)], f"load-{number}", lambda caller: None)
+        caller = Caller(LONGEST[number % len(LONGEST)], f"load-{number}", lambda _: None)
         await caller.ask(client.url, client.model)
         callers.append(caller)
     await desk.cluster.await_true(
@@ -155,4 +197,3 @@ async def _sample(
     desk.forget(label)
     hit = stage_of(await desk.ended(caller.answer.request_id))
     return None if hit is Stage.FINISHED else Sample(hit, held > 0, free_s)
-

@@ -76,7 +76,7 @@ class Line:
 
 
 HEADINGS = ("scenario", "how", "behaved", "aborted", "seconds", "")
-WIDTHS = (22, 34, 14, 8, 8, 4)
+WIDTHS = (22, 42, 14, 8, 8, 4)
 
 
 def say(text: str) -> None:
@@ -172,7 +172,7 @@ class Matrix:
 
     async def _free(self) -> None:
         began_s = time.monotonic()
-        self.samples, faults = await measure(
+        self.samples, shares, faults = await measure(
             self.desk,
             self.client,
             self.references,
@@ -188,6 +188,7 @@ class Matrix:
                 continue
             seen = {share: percentile(found, share) for share in (0.5, 0.99)}
             how = f"p50 {seen[0.5] * 1000:.0f} ms, p99 {seen[0.99] * 1000:.0f} ms"
+            how += f" (others' CPU {shares[is_loaded]:.0%})"
             good_count = sum(free_s <= FREE_S_MAX for free_s in found)
             line = Line(f"abort to free, {where}", how, good_count, len(found), len(found), took_s)
             # A p99 within the bound lets one in a hundred be slower.
@@ -223,7 +224,9 @@ class Matrix:
         counts = {name: count for name, count, _ in self.cluster.descriptors().values()}
         router = psutil.Process(self.cluster.pid("router"))
         ours = {one.laddr.port for one in psutil.Process().net_connections() if one.laddr}
-        counts["router"] -= sum(one.raddr.port in ours for one in router.net_connections() if one.raddr)
+        counts["router"] -= sum(
+            one.raddr.port in ours for one in router.net_connections() if one.raddr
+        )
         return counts
 
     @property
@@ -235,10 +238,8 @@ class Matrix:
 def stage_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     """Count the aborts of the storm: a row for each stage, a column for each way."""
     counts = tally(outcomes)
-    rows = [("aborted while", *(way.value for way in Way))]
-    for stage in Stage:
-        rows.append((stage.value, *(f"{counts[stage, way]:,}" for way in Way)))
-    return rows
+    head = ("aborted while", *(way.value for way in Way))
+    return [head, *((stage.value, *(f"{counts[stage, way]:,}" for way in Way)) for stage in Stage)]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

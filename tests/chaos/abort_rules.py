@@ -29,7 +29,7 @@ class Rules:
 
     async def live(self, ask: Ask, label: str) -> Caller:
         """Start a request and return once it has some tokens."""
-        caller = Caller(ask, label, lambda caller: None)
+        caller = Caller(ask, label, lambda _: None)
         await caller.ask(self.client.url, self.client.model, salt=label)
         await self.desk.cluster.await_true(
             f"{label} has tokens", lambda: len(caller.answer.token_ids) > 3

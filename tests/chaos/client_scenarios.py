@@ -94,7 +94,7 @@ async def decoding(trial: Trial) -> int:
     """Leave after a random number of tokens."""
     rng = random.Random(17)
     answers = []
-    for ask in LONG * 5:
+    for ask in LONG * 6:
         stop_at = rng.randint(1, 60)
         answers.append(trial.client.start(ask, leave=_after(stop_at)))
     await trial.client.wait(answers)

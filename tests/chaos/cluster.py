@@ -5,7 +5,9 @@ processes (on other hosts, say) is a subclass that overrides ``up``, ``down`` an
 """
 
 import asyncio
+import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -25,6 +27,9 @@ from pdserve.v1 import worker_service_pb2, worker_service_pb2_grpc
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE_S = 30.0
 POLL_S = 0.02
+BUSY_POLL_S = 0.002  # a state worth waiting for may last some milliseconds
+CALL_S = 10.0
+AUDIT = worker_service_pb2.GetAuditRequest()
 
 
 class CheckFailed(Exception):
@@ -52,9 +57,12 @@ class Cluster:
     def __init__(self, setup: Setup, folder: Path) -> None:
         self.setup = setup
         self.folder = folder
+        self.environment: dict[str, str] = {}  # of the processes that pdctl starts
         self.history = folder / "history"
         self.url = self.admin_url = self.model = ""
-        self._http = httpx.AsyncClient(timeout=30, verify=False)
+        # Few kept connections: they count among the router's descriptors.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=2)
+        self._http = httpx.AsyncClient(timeout=30, verify=False, limits=limits)
 
     # Life.
 
@@ -98,6 +106,7 @@ class Cluster:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "pdctl", *arguments, "--state-dir", str(self.folder),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=ROOT,
+            env={**os.environ, **self.environment},
         )  # fmt: skip
         output, _ = await asyncio.wait_for(process.communicate(), 120)
         code, text = int(process.returncode or 0), output.decode(errors="replace")
@@ -160,7 +169,7 @@ class Cluster:
         """Ask one worker itself, whatever the router thinks of it."""
         async with grpc.aio.insecure_channel(address) as channel:
             stub: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)
-            return await stub.GetAudit(worker_service_pb2.GetAuditRequest(), timeout=5)
+            return await stub.GetAudit(AUDIT, timeout=CALL_S)
 
     async def states(self, role: str) -> Counter[str]:
         """Requests by state on all workers of a role, as they count them right now."""
@@ -173,17 +182,24 @@ class Cluster:
     async def busy(self, role: str, *states: str) -> str:
         """Wait until a worker of a role has a request in one of these states; return its name."""
         found: list[str] = []
+        rows = [row for row in (await self.workers()).values() if row["role"] == role]
+        async with contextlib.AsyncExitStack() as stack:
+            stubs = {}
+            for row in rows:
+                channel = await stack.enter_async_context(grpc.aio.insecure_channel(row["address"]))
+                stubs[row["name"]] = worker_service_pb2_grpc.WorkerServiceStub(channel)
 
-        async def is_found() -> bool:
-            for name, row in (await self.workers()).items():
-                if row["role"] == role:
-                    counts = (await self.worker_audit(row["address"])).request_counts
+            async def is_found() -> bool:
+                for name, stub in stubs.items():
+                    call: Any = stub.GetAudit
+                    counts = (await call(AUDIT, timeout=CALL_S)).request_counts
                     if any(counts.get(state) for state in states):
                         found.append(name)
                         return True
-            return False
+                return False
 
-        await self.await_true(f"a {role} worker has a request {' or '.join(states)}", is_found)
+            what = f"a {role} worker has a request {' or '.join(states)}"
+            await self.await_true(what, is_found, poll_s=BUSY_POLL_S)
         return found[0]
 
     def victim(self, role: str) -> str:
@@ -206,7 +222,9 @@ class Cluster:
         row = (await self.workers())[name]
         async with grpc.aio.insecure_channel(row["address"]) as channel:
             stub: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)
-            await stub.SetFailpoints(worker_service_pb2.SetFailpointsRequest(spec=spec), timeout=5)
+            await stub.SetFailpoints(
+                worker_service_pb2.SetFailpointsRequest(spec=spec), timeout=CALL_S
+            )
 
     def descriptors(self) -> dict[int, tuple[str, int, int]]:
         """By pid: name, open file descriptors and threads of each process that runs."""
@@ -222,7 +240,12 @@ class Cluster:
     # Waiting.
 
     async def await_true(
-        self, what: str, holds: Callable[[], Awaitable[bool] | bool], patience_s: float = PATIENCE_S
+        self,
+        what: str,
+        holds: Callable[[], Awaitable[bool] | bool],
+        patience_s: float = PATIENCE_S,
+        *,
+        poll_s: float = POLL_S,
     ) -> float:
         """Poll until something observable holds; returns how long that took."""
         began_s = time.monotonic()
@@ -232,7 +255,7 @@ class Cluster:
                 return time.monotonic() - began_s
             if time.monotonic() - began_s > patience_s:
                 raise CheckFailed(f"within {patience_s:g} s it never held: {what}")
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(poll_s)
 
     async def await_ready(self, patience_s: float = PATIENCE_S) -> float:
         """Wait until as many workers as were asked for are ready."""

@@ -159,7 +159,7 @@ class Client:
 
     async def wait(self, answers: Sequence[Answer]) -> None:
         """Wait until all of these have ended; what never ends stays RUNNING."""
-        tasks = [self._tasks[id(answer)] for answer in answers]
+        tasks = [self._tasks[id(answer)] for answer in answers if id(answer) in self._tasks]
         if tasks:
             await asyncio.wait(tasks, timeout=PATIENCE_S)
 
@@ -320,7 +320,8 @@ def end_faults(answer: Answer) -> list[str]:
     if answer.end is End.RUNNING:
         faults.append(f"{who} never ended")
     has_terminal = answer.end in (End.FINISHED, End.ABORTED, End.ERROR, End.REFUSED)
-    if answer.terminal_count != (1 if has_terminal else 0):
+    may_have_terminal = has_terminal or answer.end is End.LEFT
+    if not has_terminal <= answer.terminal_count <= may_have_terminal:
         faults.append(f"{who} has {answer.terminal_count} terminal events")
     if answer.after_end_count:
         faults.append(f"{who}: {answer.after_end_count} events after its end")

@@ -17,8 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tests.chaos.netem import Counts, Line, Side
 
 ROOT = Path(__file__).parent.parent.parent
 PREFIX = "pdchaos-"
@@ -180,23 +183,76 @@ class Host:
         shown = json.loads(run("ip", "-n", self.namespace, "-j", "link", "show", "dev", NIC))
         return bool(shown[0]["operstate"] == "UP")
 
+    def side(self) -> Side:
+        """Both ends of this host's cable, for ``netem``."""
+        return Side(
+            self.address,
+            hardware=_hardware(self.namespace, NIC),
+            device=self.port_device,
+            device_hardware=_hardware(SWITCH, self.port_device),
+        )
+
     def start(self, command: Sequence[str], log_file: Path) -> HostProcess:
         """Start a program here."""
         return HostProcess(self, command, log_file)
-
-    def python(self, *arguments: str, log_file: Path) -> HostProcess:
-        """Start Python here, in the project's folder."""
-        return self.start([sys.executable, *arguments], log_file)
 
     def sockets_to(self, peer: "Host") -> list[str]:
         """List the TCP connections from here to there, as ``ss`` words them."""
         found = run(*self.enter, "ss", "-Htn", "state", "connected", "dst", peer.address)
         return found.splitlines()
 
+    def ports_to(self, peer: "Host") -> list[tuple[int, int]]:
+        """List the ports, here and there, of the TCP connections to a host."""
+        found = [line.split()[3:5] for line in self.sockets_to(peer)]
+        return [(_port(near), _port(far)) for near, far in found]
+
+    def unsent_bytes(self, peer: "Host") -> int:
+        """Say how much the kernel here still wants to send there, whoever's it was."""
+        return sum(int(line.split()[2]) for line in self.sockets_to(peer))
+
     def kill_sockets_to(self, peer: "Host", *filters: str) -> int:
         """Destroy connections, with a reset to the other side; return how many."""
         gone = run(*self.enter, "ss", "-KHtn", "state", "connected", "dst", peer.address, *filters)
         return len(gone.splitlines())
+
+
+def _port(end: str) -> int:
+    return int(end.rpartition(":")[2])
+
+
+def _hardware(namespace: str, device: str) -> str:
+    shown = json.loads(run("ip", "-n", namespace, "-j", "link", "show", "dev", device))
+    return str(shown[0]["address"])
+
+
+class BadLine:
+    """A line between two hosts that goes through ``netem``, until it is repaired."""
+
+    def __init__(self, one: Host, other: Host, line: Line) -> None:
+        """The caller has stopped the kernel from forwarding between the two."""
+        told = {"one": one.side(), "other": other.side(), "line": line}
+        program = Path(__file__).with_name("netem.py")
+        self._process = subprocess.Popen(
+            ["ip", "netns", "exec", SWITCH, sys.executable, "-I", str(program),
+             json.dumps(told, default=asdict)],
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        if self._hear() != "ready\n":
+            raise RuntimeError(f"netem ended with {self._process.wait()}")
+
+    def _hear(self) -> str:
+        return self._process.stdout.readline() if self._process.stdout else ""
+
+    def repair(self) -> Counts:
+        """Take it out of the line; return what it did."""
+        self._process.terminate()
+        counts = Counts(**json.loads(self._hear()))
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        return counts
 
 
 class Rule:
@@ -244,6 +300,7 @@ class Network:
         self.hosts: dict[str, Host] = {}
         self._rules: list[Rule] = []
         self._limited: set[Host] = set()
+        self._bad_lines: list[BadLine] = []
         run("ip", "netns", "add", SWITCH)
         try:
             run("ip", "netns", "exec", SWITCH, "sysctl", "-qw", "net.ipv4.ip_forward=1")
@@ -310,8 +367,25 @@ class Network:
         shown = run("tc", "-n", SWITCH, "-s", "class", "show", "dev", device)
         return sum(int(count) for count in re.findall(r"Sent (\d+) bytes", shown))
 
+    def degrade(self, one: str, other: str, line: Line) -> BadLine:
+        """Have all packets between two hosts go over a bad line, until ``heal``."""
+        self.cut(one, other)
+        bad = BadLine(self[one], self[other], line)
+        self._bad_lines.append(bad)
+        return bad
+
+    def repair(self) -> Counts:
+        """Repair all bad lines; return what they did, added up."""
+        total = Counts()
+        for bad in self._bad_lines:
+            counts = asdict(bad.repair())
+            total = Counts(**{name: value + counts[name] for name, value in asdict(total).items()})
+        self._bad_lines.clear()
+        return total
+
     def heal(self) -> None:
         """End every fault of the switch."""
+        self.repair()
         for rule in self._rules:
             rule.remove()
         self._rules.clear()

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from tests.chaos.cluster import CheckFailed, Cluster, Setup
@@ -77,7 +78,9 @@ class NetworkCluster(Cluster):
             arguments += ["--router", f"{router}:{REGISTER_PORT}"]
         pairs = [f"--set={key}={value}" for key, value in (settings | self.own_settings).items()]
         log_file = self.folder / "logs" / f"{name}.log"
-        self._processes[name] = host.python("-m", *arguments, *pairs, log_file=log_file)
+        self._processes[name] = host.start(
+            ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", *arguments, *pairs], log_file
+        )
 
     @property
     def own_settings(self) -> dict[str, object]:

@@ -7,10 +7,13 @@ import argparse
 import asyncio
 import importlib
 import importlib.util
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[0] = str(ROOT)  # the tree this file is in, not the folder, and not an installed one
@@ -78,6 +81,13 @@ async def run_all(scenarios: list[Scenario], folder: Path, *, keeps: bool) -> li
     return outcomes
 
 
+async def interruptible(run: Coroutine[Any, Any, list[Outcome]]) -> list[Outcome]:
+    """End in order on SIGTERM too: a cluster left behind would go on for ever."""
+    task = asyncio.create_task(run)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
+
+
 def main() -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -96,7 +106,7 @@ def main() -> int:
         return 0
     folder = Path(tempfile.mkdtemp(prefix="pdserve-chaos-"))
     began_s = time.monotonic()
-    outcomes = asyncio.run(run_all(scenarios, folder, keeps=arguments.keep))
+    outcomes = asyncio.run(interruptible(run_all(scenarios, folder, keeps=arguments.keep)))
     took_s = time.monotonic() - began_s
     numbers = report.totals(outcomes, took_s)
     say("")

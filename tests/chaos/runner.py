@@ -26,6 +26,7 @@ from tests.chaos.watch import Watch
 REFERENCE_ASKS = (*MIXED, *SHORT, *MEDIUM, *LONG, *PROMPTS)
 BASELINE_S = 30.0
 FAULTS_SHOWN = 5
+HISTORY_BYTES_MAX = 24 << 20  # all of it is checked each time: a new cluster is cheaper then
 DESCRIPTOR_SLACK = 2  # connections of the audit and of the rows, which come and go
 CRASHES = re.compile(r"Traceback|AssertionError|Fatal Python error|Segmentation")
 INJECTED = "InjectedFault"
@@ -60,9 +61,10 @@ class Runner:
         outcome.took_s = time.monotonic() - began_s
         outcome.status = verdict(outcome)
         is_bad = outcome.status is Status.FAIL
+        is_long = self._cluster is not None and history_bytes(self._cluster) > HISTORY_BYTES_MAX
         if is_bad and self._cluster is not None:
             outcome.kept = self._keep(scenario, self._cluster)
-        if is_bad or not scenario.keeps_cluster:
+        if is_bad or is_long or not scenario.keeps_cluster:
             await self.close()
         return outcome
 
@@ -166,7 +168,7 @@ class Runner:
         except CheckFailed as error:
             outcome.faults.append(str(error))
         self._check_logs(cluster, outcome)
-        if self._has_history() and any(cluster.history.glob("*.jsonl")):
+        if self._has_history() and history_bytes(cluster):
             await self._check_history(cluster, outcome)
 
     async def _check_descriptors(
@@ -222,6 +224,11 @@ class Runner:
         page = kept / "timeline.html"
         await _python("-m", "pdserve.history", "--html", str(page), str(kept / "history"))
         return page if page.exists() else None
+
+
+def history_bytes(cluster: Cluster) -> int:
+    """Size of what a cluster's processes have written of themselves so far."""
+    return sum(path.stat().st_size for path in cluster.history.glob("*.jsonl"))
 
 
 def verdict(outcome: Outcome) -> Status:

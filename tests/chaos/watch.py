@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tests.chaos.cluster import CheckFailed, Cluster
 
-POLL_S = 0.02
+POLL_S = 0.03
 PATIENCE_S = 20.0
 USABLE = frozenset({"ready", "draining"})
 

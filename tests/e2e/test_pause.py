@@ -2,9 +2,10 @@
 
 import json
 import shutil
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Stream:
 
 
 @pytest.fixture(scope="module")
-def small(start_cluster: Callable[..., Any]) -> Any:
+def shared(start_cluster: Callable[..., Any]) -> Any:
     return start_cluster(
         "--decode",
         "1",
@@ -76,18 +77,26 @@ def small(start_cluster: Callable[..., Any]) -> Any:
     )
 
 
+@pytest.fixture
+def small(shared: Any) -> Iterator[Any]:
+    """The cluster of this module; it serves again after each test, whatever came of it."""
+    yield shared
+    shared.admin("POST", "/v1/abort_requests", json={"all": True})
+    shared.admin("POST", "/v1/resume")
+
+
 @pytest.fixture(scope="module")
-def wanted(small: Any) -> list[int]:
+def wanted(shared: Any) -> list[int]:
     """What an undisturbed request gives."""
-    return list(small.complete(PROMPT, tokens=LONG))
+    return list(shared.complete(PROMPT, tokens=LONG))
 
 
 def is_paused(cluster: Any) -> dict[str, Any]:
     return dict(cluster.admin("GET", "/v1/is_paused").json())
 
 
-def post(cluster: Any, path: str, **body: object) -> Any:
-    return cluster.admin("POST", path, json=body)
+def post(cluster: Any, route: str, **body: object) -> Any:
+    return cluster.admin("POST", route, json=body)
 
 
 def await_tokens(cluster: Any, streams: list[Stream], count: int) -> None:
@@ -100,6 +109,11 @@ def refused(cluster: Any) -> None:
     answer = cluster.post("/v1/completions", {"model": cluster.model, "prompt": "A"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "paused")
     assert int(answer.headers["retry-after"]) >= 1
+
+
+def report(line: str) -> None:
+    """Write a number that is to be published to where `pytest -s` shows it."""
+    sys.stdout.write(f"\n{line}\n")
 
 
 def test_twenty_streams_on_eight_slots(small: Any, wanted: list[int]) -> None:
@@ -125,8 +139,8 @@ def test_twenty_streams_on_eight_slots(small: Any, wanted: list[int]) -> None:
     assert len(partial) == SLOTS
     assert all(tokens == wanted[: len(tokens)] and len(tokens) < LONG for tokens in partial)
     last_s = max(each.ended_s for each in streams) - began_s
-    print(
-        f"\npause of 20 streams on 8 slots: paused after {pause_s:.3f} s (router: "
+    report(
+        f"pause of 20 streams on 8 slots: paused after {pause_s:.3f} s (router: "
         f"{answer['waited_s']} s), last stream ended after {last_s:.3f} s; "
         "FastDeploy#7753 reports 0.342 s"
     )

@@ -170,44 +170,50 @@ class TestDeadlines:
         return {
             "router.grpc_port": 0,
             "heartbeat.interval_s": 0.1,
-            "router.request_s": 2.0,
-            "router.queue_s": 0.5,
-            "router.first_token_s": 0.5,
-            "router.stall_s": 0.5,
-            "prefill.handoff_s": 0.5,
-            "decode.reserve_s": 0.5,
-            "decode.landing_s": 0.5,
-            "decode.sequences_max": 2,
-            "transfer.tombstone_s": 1.0,
+            "router.request_s": 5.0,
+            "router.queue_s": 3.0,
+            "router.first_token_s": 3.0,
+            "router.stall_s": 3.0,
+            "prefill.handoff_s": 3.0,
+            "decode.reserve_s": 3.0,
+            "decode.landing_s": 3.0,
+            "decode.sequences_max": 3,
+            "transfer.tombstone_s": 3.0,
         }
 
-    @pytest.mark.parametrize("window", ["prefilling", "transferring", "decoding"])
-    async def test_no_time_passes_for_what_is_kept(self, pair: Any, window: str) -> None:
-        prompt = LONG_PROMPT[:600] if window == "prefilling" else PROMPT
-        wanted = await pair.tokens(pair.spec(prompt, 60))
+    async def test_no_time_passes_for_what_is_kept(self, pair: Any) -> None:
+        plans = {
+            "decoding": (PROMPT, 400),
+            "transferring": (PROMPT[::-1], 30),
+            "prefilling": (LONG_PROMPT[:600], 5),
+            "waiting": (PROMPT[7:], 5),
+        }
+        wanted = [await pair.tokens(pair.spec(*plan)) for plan in plans.values()]
         await pair.await_baseline()
         await pair.core.flush_cache(5.0)
-        if window == "transferring":
-            pair.hub.hold()
-        callers = [Caller(pair, prompt, 60) for _ in range(4)]  # two of them wait for slots
-        first = callers[0]
-        begun = {
-            "prefilling": lambda: pair.prefill.worker._loop.step_count > 8,
-            "transferring": lambda: bool(pair.hub.under_way and first.seen),
-            "decoding": lambda: len(first.seen) > 3,
-        }[window]
-        await pair.until(window, begun)
+        prefill = pair.prefill.worker
+        decoding = Caller(pair, *plans["decoding"])
+        await pair.until("tokens", lambda: len(decoding.seen) > 3)
+        pair.hub.hold()
+        transferring = Caller(pair, *plans["transferring"])
+        await pair.until("a transfer", lambda: bool(transferring.seen and pair.hub.under_way))
+        before = prefill._loop.step_count
+        prefilling = Caller(pair, *plans["prefilling"])
+        waiting = Caller(pair, *plans["waiting"])
+        await pair.until("a chunk", lambda: prefill._loop.step_count > before + 2)
+        callers = (decoding, transferring, prefilling, waiting)
         journeys = [caller.journey(pair) for caller in callers]
         await kept(pair)
-        until_s = asyncio.get_running_loop().time() + 3.0
-        await pair.until(
-            "longer than anything may take",
-            lambda: asyncio.get_running_loop().time() > until_s,
-        )
+        assert prefill.audit().request_counts["running"] == 1
+        assert prefill.audit().request_counts["handing_off"] == 1
+        assert journeys[3].state.value == "queued"
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + 5.5
+        await pair.until("longer than anything may take", lambda: clock() > until_s)
         assert all(caller.end is None for caller in callers)
         await pair.core.resume()
         pair.hub.release()
-        assert [await caller.task for caller in callers] == [wanted] * 4
+        assert [await caller.task for caller in callers] == wanted
         assert [journey.attempt for journey in journeys] == [0] * 4, "somebody had to resume"
         await pair.await_baseline()
 

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from decode.worker import DecodeWorker
 from engine.device.loading import DEMO_FOLDER
 from pdserve.config import ClusterConfig, load
 from pdserve.errors import Conflict, InvalidRequest
+from pdserve.v1 import worker_service_pb2, worker_service_pb2_grpc
 from router.core import RouterCore
 from router.pause import Mode
 from sim.scripted import Script, ScriptedWorker, run_script
@@ -195,6 +197,25 @@ async def test_the_next_router_takes_the_workers_with_their_new_weights(
     await pair.core.open()
     await pair.until("it serves", lambda: pair.core.is_ready is None)
     assert await outputs(pair) == wanted
+
+
+async def test_a_busy_worker_loads_but_does_not_change(pair: Any, other_model: Path) -> None:
+    request = asyncio.create_task(pair.tokens(pair.spec(PROMPT, 300)))
+    decode = pair.decode.worker
+    await pair.until("it runs", lambda: decode.audit().request_counts["running"] == 1)
+    phases = worker_service_pb2.UpdateWeightsRequest
+    async with grpc.aio.insecure_channel(decode.info.address) as channel:
+        stub = worker_service_pb2_grpc.WorkerServiceStub(channel)
+        prepared = await stub.UpdateWeights(
+            phases(phase=phases.PREPARE, path=str(other_model)), timeout=30
+        )
+        commit = phases(phase=phases.COMMIT, model_hash=prepared.model_hash)
+        with pytest.raises(grpc.aio.AioRpcError, match="decode-0 is not idle: 1 requests"):
+            await stub.UpdateWeights(commit, timeout=30)
+        assert len(await request) == 300
+        await pair.await_baseline()
+        await stub.UpdateWeights(commit, timeout=30)
+    assert decode.info.model_hash == prepared.model_hash
 
 
 async def test_what_was_prepared_and_given_up_is_forgotten(pair: Any, other_model: Path) -> None:

@@ -7,18 +7,31 @@ are the fast ones that have to notice.
 
 from dataclasses import dataclass
 
-PREFILL = ("tests/prefill/test_scheduler.py",)
-DECODE = ("tests/decode/test_scheduler.py",)
+PREFILL = ("tests/prefill/test_scheduler.py", "tests/prefill/test_once.py")
+DECODE = ("tests/decode/test_scheduler.py", "tests/decode/test_once.py")
 SENDER = ("tests/kvtransfer/test_sender_session.py",)
 RECEIVER = ("tests/kvtransfer/test_receiver_session.py",)
-AGENTS = ("tests/kvtransfer/test_agents.py",)
+PROOF = ("tests/kvtransfer/test_proof_of_death.py",)
 LINK = ("tests/kvtransfer/test_sender_link.py",)
 BUFFER = ("tests/kvtransfer/test_buffer.py",)
 JOURNEY = ("tests/router/core/test_journey.py",)
-TABLE = ("tests/router/core/test_core.py",)
-OPERATIONS = ("tests/router/core/test_operations.py",)
-SCRIPTED = ("tests/scripted/test_idle_gate.py",)
 CACHE = ("tests/engine/test_prefix_cache.py",)
+STATUS = ("tests/pdserve/test_status.py",)
+
+
+def agents(name: str) -> tuple[str, ...]:
+    """Name one test of the transfer agents; all of them would take too long."""
+    return (f"tests/kvtransfer/test_agents.py::{name}",)
+
+
+def operations(name: str) -> tuple[str, ...]:
+    """Name one test of the operators' calls."""
+    return (f"tests/router/core/test_operations.py::{name}",)
+
+
+def scripted(name: str) -> tuple[str, ...]:
+    """Name one test that stops a worker in an exact window."""
+    return (f"tests/scripted/test_idle_gate.py::{name}",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +143,7 @@ GUARDS = (
         "if self._tombstones.has(key, now_s):",
         "if False:",
         "a destination of an ended hand-off is kept, and decode waits for nothing",
-        (*BUFFER, *AGENTS),
+        BUFFER,
     ),
     # Nothing changes hands in flight.
     Guard(
@@ -203,7 +216,7 @@ GUARDS = (
         "if self.is_reset:",
         "if True:",
         "any lost link counts as the death of its sender",
-        AGENTS,
+        PROOF,
     ),
     Guard(
         "proof of death: incarnation",
@@ -211,7 +224,7 @@ GUARDS = (
         "elif told.incarnation != connection.incarnation:",
         "elif True:",
         "the same worker, linked again, counts as dead",
-        AGENTS,
+        PROOF,
     ),
     # Epochs.
     Guard(
@@ -261,7 +274,7 @@ GUARDS = (
         "early = self._buffer.take(key)",
         "early = None",
         "a destination that came before its request is lost",
-        AGENTS,
+        agents("test_every_byte_arrives_when_the_destination_comes_first"),
     ),
     # Idle is honest.
     Guard(
@@ -270,7 +283,7 @@ GUARDS = (
         '"steps in flight": self.steps_in_flight,',
         "",
         "a worker calls itself idle with steps on its device",
-        SCRIPTED,
+        (*STATUS, *scripted("test_a_flush_in_the_window_is_refused_with_the_reason")),
     ),
     Guard(
         "idle gate: requests",
@@ -278,7 +291,31 @@ GUARDS = (
         '"requests": sum(self.request_counts.values()),',
         "",
         "a worker calls itself idle with requests in its inbox",
-        SCRIPTED,
+        STATUS,
+    ),
+    Guard(
+        "idle gate: hand-offs",
+        "pdserve/status.py",
+        '"sessions": sum(self.session_counts.values()),',
+        "",
+        "a worker calls itself idle with a hand-off open",
+        STATUS,
+    ),
+    Guard(
+        "idle gate: pending signals",
+        "pdserve/status.py",
+        '"pending signals": self.pending_signal_count,',
+        "",
+        "a worker calls itself idle with layer signals that wait for a destination",
+        STATUS,
+    ),
+    Guard(
+        "idle gate: quarantine",
+        "pdserve/status.py",
+        '"quarantined blocks": self.blocks.quarantined,',
+        "",
+        "a worker calls itself idle with blocks that somebody may still write",
+        STATUS,
     ),
     Guard(
         "idle gate: undelivered",
@@ -286,7 +323,7 @@ GUARDS = (
         '"undelivered outputs": self.undelivered_count,',
         "",
         "a worker calls itself idle with output that no router has",
-        SCRIPTED,
+        (*STATUS, *scripted("test_output_that_no_router_has_fetched_holds_a_flush_up")),
     ),
     Guard(
         "idle gate: worker",
@@ -294,17 +331,17 @@ GUARDS = (
         "    if in_flight:\n        parts",
         "    if False:\n        parts",
         "a flush or other weights hit requests in flight",
-        (*SCRIPTED, *OPERATIONS),
+        scripted("test_a_flush_in_the_window_is_refused_with_the_reason"),
     ),
     Guard(
         "idle gate: flush",
         "router/operations.py",
-        "if in_flight:\n                raise Conflict(f\"not idle: {told(in_flight)}\")\n"
+        'if in_flight:\n                raise Conflict(f"not idle: {told(in_flight)}")\n'
         "            try:",
-        "if False:\n                raise Conflict(f\"not idle: {told(in_flight)}\")\n"
+        'if False:\n                raise Conflict(f"not idle: {told(in_flight)}")\n'
         "            try:",
         "a flush does not say what is in flight, and where",
-        OPERATIONS,
+        operations("test_a_flush_names_what_is_in_flight_and_where"),
     ),
     Guard(
         "idle gate: cache",
@@ -369,7 +406,7 @@ GUARDS = (
         "if journey is None:\n            return False",
         "if journey is None:\n            return True",
         "an abort of a request that is over is told as a success",
-        (*OPERATIONS, *TABLE),
+        operations("test_an_abort_is_exact_and_returns_what_was_emitted"),
     ),
     # Bytes and identities.
     Guard(
@@ -378,7 +415,7 @@ GUARDS = (
         "if seen == wanted:",
         "if True:",
         "corrupt KV is decoded",
-        AGENTS,
+        agents("test_a_flipped_bit_is_noticed"),
     ),
     Guard(
         "session id",
@@ -386,7 +423,7 @@ GUARDS = (
         "elif not hmac.compare_digest(message.session_id, handoff.connection.session_id):",
         "elif False:",
         "whoever reaches the port can say that KV has landed",
-        AGENTS,
+        agents("test_messages_of_the_data_plane_are_believed_only_with_the_session_id"),
     ),
     Guard(
         "destination in bounds",

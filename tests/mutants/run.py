@@ -28,7 +28,7 @@ FOLDERS = (
     "tests",
 )  # fmt: skip
 PARALLEL = 2
-TEST_S = 30
+TEST_S = 15
 RUN_S = 120
 TESTS_FAILED = 1  # pytest's exit code: it ran, and some tests were red
 
@@ -77,7 +77,7 @@ def mutated(text: str, guard: Guard) -> str:
 
 def run_tests(tree: Path, tests: Sequence[str], module: str) -> subprocess.CompletedProcess[str]:
     """Run tests of a copy, against the copy."""
-    missing = [test for test in tests if not (tree / test).exists()]
+    missing = [test for test in tests if not (tree / test.partition("::")[0]).exists()]
     if missing:
         raise Mismatch(f"no such tests: {', '.join(missing)}")
     command = [
@@ -134,12 +134,15 @@ def try_one(guard: Guard, base: Path, folder: Path, number: int) -> Verdict:
 def judged(done: subprocess.CompletedProcess[str]) -> tuple[bool, str]:
     """Say whether the mutant is dead, and of what.  A tree that does not run shows nothing."""
     if done.returncode == TESTS_FAILED:
-        failed = re.search(r"^FAILED \S*/(\S+?)(?: - |$)", done.stdout, re.MULTILINE)
+        failed = re.search(r"^FAILED (?:\S*/)?(.+?)(?: - |$)", done.stdout, re.MULTILINE)
         if failed:
             return True, failed[1]
     if done.returncode == 0:
         return False, "SURVIVED"
-    return False, f"pytest exited with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-1000:]}"
+    return (
+        False,
+        f"pytest exited with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-1000:]}",
+    )
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:

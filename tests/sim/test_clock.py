@@ -14,7 +14,7 @@ import pytest
 
 from pdserve.edge.process import bug_report, report_bug
 from sim.clock import START_S, Deadlock, SimulationError, UnhandledFault, VirtualLoop
-from sim.node import Node
+from sim.node import Node, current_node_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -168,6 +168,32 @@ def test_a_generator_that_is_dropped_is_closed_as_asyncio_does(loop: VirtualLoop
 
     run(loop, main())
     assert closed == ["closed"]
+
+
+def test_a_dropped_generator_is_closed_by_its_own_process_if_that_lives(loop: VirtualLoop) -> None:
+    closed: list[str] = []
+    kept: list[AsyncIterator[int]] = []
+
+    async def count() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            closed.append(current_node_name())
+
+    async def begin() -> None:
+        kept.append(count())
+        await anext(kept[-1])
+
+    async def main() -> None:
+        alive, dead = Node(loop, "alive"), Node(loop, "dead")
+        await alive.spawn(begin())
+        await dead.spawn(begin())
+        dead.crash()
+        kept.clear()
+        await asyncio.sleep(1)
+
+    run(loop, main())
+    assert closed == ["alive"]
 
 
 def test_an_executor_takes_its_time_and_keeps_its_order(loop: VirtualLoop) -> None:

@@ -197,6 +197,7 @@ def test_a_drain_waits_for_what_a_cut_holds_but_not_for_the_living() -> None:
     async def script(world: World) -> int:
         source, target = world.source, world.target
         living = Side(world, "living", 3)
+        waiting = Side(world, "waiting", 3)
         left = source.connect(target)
         source.push(left, target)
         await asyncio.sleep(0.009)
@@ -204,13 +205,17 @@ def test_a_drain_waits_for_what_a_cut_holds_but_not_for_the_living() -> None:
         source.node.call(left.close)
         await asyncio.sleep(0.01)
         living.push(living.connect(target), target)
+        waiting.push(waiting.connect(target), target)
+        await asyncio.sleep(0.008)
+        world.links.cut("waiting", "target")  # held as well, but not given up
         drained: list[float] = []
         target.node.call(target.transport.drain, lambda: drained.append(world.now_s))
         await asyncio.sleep(2)
         is_held = not drained
         assert is_held == (world.links.counts["kv drain waited"] == 1)
         assert living.answers == [None]
-        world.links.heal_all()
+        assert waiting.answers == []
+        world.links.heal("source", "target")
         await asyncio.sleep(2)
         assert len(drained) == 1
         return is_held

@@ -292,6 +292,27 @@ def test_every_turn_of_a_slow_process_takes_its_time() -> None:
     play(script)
 
 
+@pytest.mark.parametrize("fate", ["stop", "crash"])
+def test_a_slow_process_may_be_stopped_or_killed_between_two_turns(fate: str) -> None:
+    async def script(loop: VirtualLoop) -> None:
+        node = Node(loop, "worker")
+        said: list[str] = []
+        node.slow(0.5)
+        node.post(said.append, "late")
+        await asyncio.sleep(0.1)
+        getattr(node, fate)()
+        node.post(said.append, "later")
+        await asyncio.sleep(5)
+        assert said == []
+        node.wake()
+        await asyncio.sleep(0.4)
+        assert said == []
+        await asyncio.sleep(5)
+        assert said == ([] if fate == "crash" else ["late", "later"])
+
+    play(script)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_slow_process_keeps_its_order(seed: int) -> None:
     async def script(loop: VirtualLoop) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from pdserve.history.events import BlockOp, Event, block_observer
 from pdserve.history.files import MalformedHistory, file_name, line, read_file, read_folder
+from pdserve.history.findings import Rule
 
 R0 = "a" * 32
 
@@ -153,3 +154,12 @@ def test_the_command_tells_a_malformed_history_from_a_bad_one(tmp_path: Path) ->
     done = run(str(tmp_path))
     assert done.returncode == 2
     assert "no *.jsonl files" in done.stderr
+
+
+def test_the_page_about_it_lists_every_event_and_rule() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "history.md").read_text()
+    first_cells = [row.split("|")[1] for row in page.splitlines() if row.startswith("|")]
+    for event in Event:
+        assert any(f"`{event.value}`" in cell for cell in first_cells), event
+    for rule in Rule:
+        assert f"| `{rule.name.lower()}` | {rule.value} |" in page

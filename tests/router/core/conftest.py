@@ -115,6 +115,7 @@ class FakeWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self.audit_hangs = False
         self.audit_sticks = ""
         self.flushed = 0
+        self.on_audit: Callable[[], object] = lambda: None
         self.is_held = False
         self.hold_words: list[bool] = []
         self.hold_gate = asyncio.Event()
@@ -286,6 +287,7 @@ class FakeWorker(worker_service_pb2_grpc.WorkerServiceServicer):
             link.put_nowait(worker_service_pb2.WorkerMessage(output=output))
 
     async def GetAudit(self, request, context):  # noqa: ARG002, N802
+        self.on_audit()
         if self.audit_hangs:
             await asyncio.Event().wait()
         used = len(self.held)

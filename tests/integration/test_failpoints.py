@@ -1,0 +1,203 @@
+"""A fault at any place that serves one request costs that request, and nothing else (V11)."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from pdserve import failpoints
+from pdserve.edge.rpc import GRPC
+from pdserve.errors import PdserveError
+from pdserve.failpoints import Kind
+from pdserve.history.checker import require
+from pdserve.history.events import Event, History
+from pdserve.history.files import read_folder
+from pdserve.request import Key
+from pdserve.v1 import worker_service_pb2, worker_service_pb2_grpc
+
+PROMPTS = [[number % 700 + 40 for number in range(start, 75)] for start in range(4)]
+TOKENS = 24
+
+# What a raise makes of the request it meets: most are given up, a broken hand-off is resumed.
+RESUMED = {"kv.push", "kv.landed"}
+RAISING = sorted(name for name, point in failpoints.POINTS.items() if Kind.RAISE in point.offers)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, object]:
+    return {
+        "history.path": str(tmp_path),
+        "test.enabled": True,
+        "router.first_token_s": 2.0,
+        "decode.landing_s": 1.0,
+        "prefill.handoff_s": 2.0,
+        "kv.prefix_cache": False,
+    }
+
+
+@pytest.fixture(autouse=True)
+def all_off() -> Iterator[None]:
+    yield
+    failpoints.activate("")
+
+
+async def outcomes(pair: Any) -> list[Any]:
+    """Serve all prompts at once; tokens, or the fault, of each."""
+    specs = [pair.spec(prompt, TOKENS) for prompt in PROMPTS]
+    return await asyncio.gather(*map(pair.tokens, specs), return_exceptions=True)
+
+
+def histories_of(pair: Any, folder: Path) -> tuple[History, ...]:
+    """Read what was written so far; every rule holds."""
+    for history in (pair.history, pair.prefill._history, pair.decode._history):
+        history.recorder.flush()
+    histories = read_folder(folder)
+    require(histories, is_quiet=True)
+    return histories
+
+
+def count(histories: tuple[History, ...], event: Event) -> int:
+    return sum(entry.event is event for each in histories for entry in each.entries)
+
+
+def fired(name: str) -> int:
+    return failpoints.fired_counts().get(name, 0)
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("name", RAISING)
+async def test_a_raise_costs_one_request_and_leaves_the_others_exact(
+    pair: Any, tmp_path: Path, name: str, skip: int
+) -> None:
+    undisturbed = await outcomes(pair)
+    before = fired(name)
+    failpoints.activate(f"{name}=skip({skip}),1*raise(boom)")
+    seen = await outcomes(pair)
+    assert fired(name) == before + 1
+    failed = [each for each in seen if isinstance(each, BaseException)]
+    assert len(failed) == (name not in RESUMED), failed
+    for each, wanted in zip(seen, undisturbed, strict=True):
+        assert each == wanted or isinstance(each, PdserveError), each
+    await pair.await_baseline()
+    histories = histories_of(pair, tmp_path)
+    assert count(histories, Event.LINK_DOWN) == 0
+    assert count(histories, Event.RESUME) == (name in RESUMED)
+    faults = [
+        entry.fields for each in histories for entry in each.entries if entry.event is Event.FAULT
+    ]
+    # One process stands for three here: each wrote it down.
+    assert faults == [{"point": name, "action": "raise(boom)"}] * 3
+    assert await outcomes(pair) == undisturbed
+    await pair.await_baseline()
+
+
+@pytest.mark.parametrize("name", ["link.accept", "kv.landed", "router.dispatch"])
+async def test_a_lost_message_is_made_up_for_by_a_deadline(
+    pair: Any, tmp_path: Path, name: str
+) -> None:
+    undisturbed = await outcomes(pair)
+    failpoints.activate(f"{name}=skip(1),1*drop")
+    assert await outcomes(pair) == undisturbed
+    await pair.await_baseline()
+    assert count(histories_of(pair, tmp_path), Event.RESUME) == 1
+
+
+async def test_a_corrupted_hand_off_is_caught_and_repeated(pair: Any, tmp_path: Path) -> None:
+    undisturbed = await outcomes(pair)
+    failpoints.activate("kv.corrupt=skip(1),1*corrupt")
+    assert await outcomes(pair) == undisturbed
+    await pair.await_baseline()
+    assert pair.decode.audit.dropped_counts["checksum_mismatch"] == 1
+    assert count(histories_of(pair, tmp_path), Event.RESUME) == 1
+
+
+async def test_a_lost_acknowledgement_keeps_the_blocks_in_quarantine_until_it_is_asked_again(
+    pair: Any, tmp_path: Path
+) -> None:
+    undisturbed = await outcomes(pair)
+    failpoints.activate("kv.ack=1*drop")
+    before = fired("kv.ack")
+    pair.hub.hold()
+    generation = pair.core.start(pair.spec(PROMPTS[0], 40))
+    await pair.until("a write is under way", lambda: bool(pair.hub.under_way))
+    # The decode leg alone, so that it is the revoke that ends the hand-off.
+    pair.decode.worker.abort(Key(generation.request_id, 0))
+    await pair.until("the revoke", lambda: pair.prefill.audit.session_counts.get("retreating"))
+    generation.abandon()
+    assert pair.decode.audit.blocks.quarantined > 0
+    pair.hub.release()
+    await pair.until("the ack is dropped", lambda: fired("kv.ack") > before)
+    await pair.until("prefill is idle", lambda: pair.prefill.audit.is_fully_idle)
+    # Others are served meanwhile; nobody says that the blocks are safe, so they are not.
+    assert await outcomes(pair) == undisturbed
+    assert pair.decode.audit.blocks.quarantined > 0
+    (connection,) = pair.decode.worker._receiver._up.values()
+    connection.endpoint_lost("a test", is_reset=False)
+    await pair.await_baseline()
+    histories_of(pair, tmp_path)
+
+
+async def test_a_request_ends_in_time_though_its_worker_stands_still(
+    pair: Any, tmp_path: Path
+) -> None:
+    undisturbed = await outcomes(pair)
+    failpoints.activate("decode.before_schedule=skip(3),1*block(0.4)")
+    assert await outcomes(pair) == undisturbed
+    await pair.await_baseline()
+    histories_of(pair, tmp_path)
+
+
+async def test_a_worker_sets_failpoints_while_it_runs(pair: Any) -> None:
+    async with GRPC.channel(pair.decode.worker.info.address) as channel:
+        stub: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)
+        await stub.SetFailpoints(worker_service_pb2.SetFailpointsRequest(spec="kv.ack=drop"))
+        assert failpoints.hit("kv.ack")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.SetFailpoints(worker_service_pb2.SetFailpointsRequest(spec="kv.ack=raise"))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "kv.ack is 'raise'" in str(caught.value.details())
+        await stub.SetFailpoints(worker_service_pb2.SetFailpointsRequest(spec=""))
+        assert not failpoints.hit("kv.ack")
+
+
+class TestProduction:
+    """What is no test build takes no failpoints, and no workers that may."""
+
+    @pytest.fixture
+    def settings(self) -> dict[str, object]:
+        return {}
+
+    async def test_failpoints_are_refused(self, pair: Any) -> None:
+        async with GRPC.channel(pair.decode.worker.info.address) as channel:
+            stub: Any = worker_service_pb2_grpc.WorkerServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.SetFailpoints(
+                    worker_service_pb2.SetFailpointsRequest(spec="kv.push=kill")
+                )
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert not failpoints.hit("kv.push")
+        assert len(await pair.tokens(pair.spec(PROMPTS[0], 4))) == 4
+
+    @pytest.mark.parametrize("is_test_build", [False, True])
+    async def test_a_router_takes_only_workers_of_its_own_kind(
+        self, pair: Any, is_test_build: bool
+    ) -> None:
+        from dataclasses import replace
+
+        from pdserve.config import DecodeConfig, HeartbeatConfig, RouterConfig
+        from router.core import RouterCore
+
+        core = RouterCore(
+            RouterConfig(grpc_port=0),
+            HeartbeatConfig(),
+            DecodeConfig(),
+            is_test_build=is_test_build,
+        )
+        info = replace(pair.decode.worker.info, is_test_build=is_test_build)
+        assert core.refusal(info) is None
+        refusal = core.refusal(replace(info, is_test_build=not is_test_build))
+        assert refusal is not None
+        assert "test.enabled" in refusal
