@@ -202,7 +202,7 @@ class KvReceiver:
 
     def link_down(self, address: str, because: str) -> None:
         """Fail what was open, and look for proof that its sender is dead."""
-        self._up.pop(address, None)
+        fallen = self._up.pop(address, None)
         for handoff in self._of(address):
             if handoff.session.state in (State.UNSENT, State.OPEN):
                 self._step(handoff, Lost(because))
@@ -211,6 +211,8 @@ class KvReceiver:
                 proof = connection.proof_of_death
                 if proof is not None:
                     self._step(handoff, Gone(proof))
+        if fallen is not None:
+            self._release(fallen)
 
     def receive(self, connection: Connection, message: transfer_service_pb2.PrefillMessage) -> None:
         """Take a message from a prefill worker."""
@@ -315,7 +317,15 @@ class KvReceiver:
                 self._loop.call_soon(self._events.handoff_failed, key, epoch, message)
             case ReportSafe():
                 del self._handoffs[key, epoch]
+                if handoff.connection is not None:
+                    self._release(handoff.connection)
                 self._loop.call_soon(self._events.handoff_safe, key, epoch)
+
+    def _release(self, connection: Connection) -> None:
+        """Close a connection that is down once no hand-off waits for what it may yet tell."""
+        is_watching = any(each.connection is connection for each in self._handoffs.values())
+        if not (connection.is_up or is_watching):
+            connection.close()
 
     def _send_revoke(self, handoff: _Handoff) -> None:
         """Revoke on the link that is up now; if none is, ``link_up`` does it."""

@@ -83,15 +83,23 @@ class Connection:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self.close()
+            self.hang_up()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def close(self) -> None:
-        """Let go of stream and endpoint.  Idempotent."""
+    def hang_up(self) -> None:
+        """Let go of the stream.  Idempotent.
+
+        The endpoint goes on watching: whether stream or endpoint breaks first when a sender
+        ends is chance, and only the endpoint knows a death from a silence.
+        """
         self.is_up = False
         self._call.cancel()
+
+    def close(self) -> None:
+        """Let go of stream and endpoint.  Idempotent."""
+        self.hang_up()
         if self._endpoint is not None:
             self._endpoint.close()
 
@@ -211,7 +219,7 @@ class SourceLink:
             self._owner.link_up(self.address, connection)
             await connection.serve(self._owner.receive)
         finally:
-            connection.close()
+            connection.hang_up()
         return True, connection.down_because
 
     async def _dial(self, channel: grpc.aio.Channel) -> Connection:

@@ -138,6 +138,8 @@ class RouterCore:
                     log.warning("event=router_stood_still for_s=%.2f", late_s)
                     self.view.excuse(late_s, now_s)
                 self._follow(self.view.tick(now_s))
+                for name in self.view.mute(now_s):
+                    self.fleet.cut(name)
                 self.table.tick(self.clock.now_s)
             except Exception:
                 log.exception("event=tick_failed")

@@ -94,6 +94,8 @@ class _Peer:
         self._forget_s = forget_s
         self._network = network
         self._outbox: asyncio.Queue[worker_service_pb2.RouterMessage] = asyncio.Queue(OUTBOX_MAX)
+        self._sent = asyncio.Event()
+        self._sent.set()
         self._cut = asyncio.Event()
         self._knock = asyncio.Event()
 
@@ -106,11 +108,12 @@ class _Peer:
         except asyncio.QueueFull:
             self.cut()
             return False
+        self._sent.clear()
         return True
 
     async def sent(self) -> None:
         """Wait until all that was queued for the present link is on its way."""
-        await self._outbox.join()
+        await self._sent.wait()
 
     def cut(self) -> None:
         """End the present link; it is dialled again."""
@@ -181,6 +184,7 @@ class _Peer:
         finally:
             if self.is_linked:
                 self.stub, self.is_linked = None, False
+                self._sent.set()  # nothing more will be, and nobody need wait for it
                 self._events.lost(wanted.name, why)
             await channel.close()
         return why, was_linked
@@ -238,10 +242,10 @@ class _Peer:
 
     async def _write(self, call: Any) -> str:
         try:
-            outbox = self._outbox
             while True:
-                await call.write(await outbox.get())
-                outbox.task_done()
+                await call.write(await self._outbox.get())
+                if self._outbox.empty():
+                    self._sent.set()
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             return f"write failed: {error.__class__.__name__}"
 

@@ -136,6 +136,17 @@ class FleetView:
             changes += self._judge(name, belief, now_s)
         return tuple(changes)
 
+    def mute(self, now_s: float) -> Sequence[str]:
+        """Name workers whose link stands, but has brought nothing for twice as long as it may.
+
+        A stream can be dead at one end only, and then nobody would ever dial anew.
+        """
+        return [
+            name
+            for name, belief in self._beliefs.items()
+            if belief.is_linked and now_s - belief.heard_s > 2 * self._config.dead_s
+        ]
+
     def ready(self, role: Role | None = None) -> Sequence[WorkerInfo]:
         """List who may be given requests."""
         return [

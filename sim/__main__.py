@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from itertools import count
 
-from sim import checks, schedule
+from sim import checks, roll
 from sim.shrink import shrink
 from sim.soak import Summary, run_many
 from sim.world import Outcome, run
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def _replay(seed: int, *, is_traced: bool, shrinks: bool) -> int:
-    plan = schedule.make(seed)
+    plan = roll.make(seed)
     outcome = run(seed)
     if shrinks and outcome.violation is not None:
         plan = shrink(plan)

@@ -20,7 +20,7 @@ from pdserve.request import Key, Request
 from sim.oracle import POISON, WORD, KvChain, Oracle, SimViolation
 
 
-class StepDied(Exception):  # noqa: N818 - what a device raises
+class StepDied(Exception):
     """A step that fails whole, on purpose."""
 
 

@@ -25,7 +25,7 @@ _LAYERS = (0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB, 0x8EBC6AF
 LAYERS_MAX = len(_LAYERS)
 
 
-class SimViolation(Exception):  # noqa: N818 - not an error of the simulator's
+class SimViolation(Exception):
     """Something the cluster promised did not hold."""
 
 

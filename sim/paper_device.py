@@ -14,6 +14,10 @@ from pdserve.request import Key, Request
 _MASK = (1 << 61) - 1
 
 
+class Misread(AssertionError):
+    """A step read what it must not; raised, so that it is seen under -O too."""
+
+
 def kv_of(tokens: Sequence[int]) -> list[int]:
     """Compute the KV of each token."""
     values: list[int] = []
@@ -55,7 +59,7 @@ class PaperDevice:
         return output
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute one step; an assertion fails where the memory is not what it must be."""
+        """Compute one step; raises ``Misread`` where the memory is not what it must be."""
         for binding in plan.bindings:
             self.slots[binding.slot] = _Slot(binding.request, list(binding.output))
         sampled: dict[Key, SampledToken] = {}
@@ -72,19 +76,22 @@ class PaperDevice:
             self.memory[self._place(blocks, position)] = values[position]
 
     def verify(self, blocks: Sequence[int], tokens: Sequence[int]) -> None:
-        """Assert that the KV of ``tokens`` is there, as a reader needs it."""
+        """Raise ``Misread`` unless the KV of ``tokens`` is there, as a reader needs it."""
         for position, value in enumerate(kv_of(tokens)):
             found = self.memory.get(self._place(blocks, position))
-            assert found == value, f"position {position} of {len(tokens)} is not its KV"
+            _require(found == value, f"position {position} of {len(tokens)} is not its KV")
 
     def _compute(self, chunk: Chunk) -> int | None:
         slot = self.slots[chunk.slot]
-        assert slot.request.key == chunk.key, f"{chunk.key} runs in a slot of {slot.request.key}"
+        owner = slot.request.key
+        _require(owner == chunk.key, f"{chunk.key} runs in a slot of {owner}")
         tokens = [*slot.request.prompt, *slot.output][: chunk.stop]
-        assert len(tokens) == chunk.stop, f"{chunk.key}: token {chunk.stop - 1} is not known"
+        _require(len(tokens) == chunk.stop, f"{chunk.key}: token {chunk.stop - 1} is not known")
         if chunk.tokens:
-            assert tuple(tokens[chunk.start :]) == chunk.tokens, f"{chunk.key}: foreign tokens"
-        assert len(chunk.blocks) == -(-chunk.stop // self.block_tokens)
+            is_own = tuple(tokens[chunk.start :]) == chunk.tokens
+            _require(is_own, f"{chunk.key}: foreign tokens")
+        block_count = -(-chunk.stop // self.block_tokens)
+        _require(len(chunk.blocks) == block_count, f"{chunk.key}: not {block_count} blocks")
         self.verify(chunk.blocks, tokens[: chunk.start])
         self.write(chunk.blocks, tokens, chunk.start, chunk.stop)
         if not chunk.samples:
@@ -97,3 +104,8 @@ class PaperDevice:
         return blocks[position // self.block_tokens] * self.block_tokens + (
             position % self.block_tokens
         )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise Misread(message)

@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
+from typing import TYPE_CHECKING
 
 from pdserve.config import load
 from pdserve.errors import Unavailable
 from pdserve.history.checker import check
-from pdserve.history.events import MemoryRecorder
-from sim import checks, schedule
+from sim import checks, roll, schedule
 from sim.clients import RETRIES_MAX, RETRY_S, Client
 from sim.clock import START_S, SimulationError, VirtualLoop
 from sim.data_plane import SimDataPlane
@@ -30,6 +30,9 @@ from sim.oracle import Oracle, SimViolation
 from sim.processes import ROUTER, RouterProcess, WorkerProcess
 from sim.schedule import Caller, Kind, Schedule
 from sim.trouble import Troubles
+
+if TYPE_CHECKING:
+    from pdserve.history.events import MemoryRecorder
 
 CALLBACKS_MAX = 3_000_000
 READY_S = 15.0  # after all trouble, until requests are served: backoffs and pings included
@@ -66,7 +69,7 @@ def run(seed: int, plan: Schedule | None = None, *, is_traced: bool = False) -> 
     """Run one schedule to its judgement; ``plan`` takes the place of the seed's own."""
     logging.disable(logging.CRITICAL)
     try:
-        return World(plan or schedule.make(seed), is_traced=is_traced).run()
+        return World(plan or roll.make(seed), is_traced=is_traced).run()
     finally:
         logging.disable(logging.NOTSET)
 
@@ -89,7 +92,7 @@ class World:
             self.loop, Random(plan.seed + 1), delay_s=plan.delay_s, jitter_s=plan.delay_s
         )
         self.network = SimNetwork(self.links)
-        self.data_plane = SimDataPlane(self.links)
+        self.data_plane = SimDataPlane(self.links, lands_in_stopped=plan.lands_in_stopped)
         self.oracle = Oracle(plan.layer_count, schedule.VOCAB_SIZE, schedule.CONTEXT_TOKENS_MAX)
         self._lines: list[str] = []
         self._is_traced = is_traced
@@ -223,7 +226,7 @@ class World:
         await self._close()
         self._judge_history()
 
-    def _call(self, caller: Caller, attempt: int = 0, *, is_probe: bool = False) -> Client:
+    def _call(self, caller: Caller) -> Client:
         client = Client(caller, self.oracle, self, self.rng)
         self.clients.append(client)
         self._connect(client, 0)

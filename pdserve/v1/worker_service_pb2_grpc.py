@@ -78,7 +78,8 @@ class WorkerServiceServicer(object):
 
     def Link(self, request_iterator, context):
         """The one stream between a router and a worker; every request's traffic is on it.
-        First message each way is the hello. When it ends, the worker aborts what came over it.
+        First message each way is the hello. When it ends, the worker aborts what came over it, but
+        for requests with an idempotency name, which it keeps for a while (Leases).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,7 +26,8 @@ class WorkerServiceStub:
         pdserve.v1.worker_service_pb2.WorkerMessage,
     ]
     """The one stream between a router and a worker; every request's traffic is on it.
-    First message each way is the hello. When it ends, the worker aborts what came over it.
+    First message each way is the hello. When it ends, the worker aborts what came over it, but
+    for requests with an idempotency name, which it keeps for a while (Leases).
     """
 
     GetAudit: grpc.UnaryUnaryMultiCallable[
@@ -77,7 +78,8 @@ class WorkerServiceAsyncStub:
         pdserve.v1.worker_service_pb2.WorkerMessage,
     ]
     """The one stream between a router and a worker; every request's traffic is on it.
-    First message each way is the hello. When it ends, the worker aborts what came over it.
+    First message each way is the hello. When it ends, the worker aborts what came over it, but
+    for requests with an idempotency name, which it keeps for a while (Leases).
     """
 
     GetAudit: grpc.aio.UnaryUnaryMultiCallable[
@@ -130,7 +132,8 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[pdserve.v1.worker_service_pb2.WorkerMessage], collections.abc.AsyncIterator[pdserve.v1.worker_service_pb2.WorkerMessage]]:
         """The one stream between a router and a worker; every request's traffic is on it.
-        First message each way is the hello. When it ends, the worker aborts what came over it.
+        First message each way is the hello. When it ends, the worker aborts what came over it, but
+        for requests with an idempotency name, which it keeps for a while (Leases).
         """
 
     @abc.abstractmethod

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from tests.chaos.cluster import CheckFailed, Setup
 from tests.chaos.framework import Trial, scenario
-from tests.chaos.load import LONG, MEDIUM, PROMPTS, SHORT, Answer, Ask, End, Steady
+from tests.chaos.load import LONG, MEDIUM, PROMPTS, SHORT, Answer, Ask, End
 from tests.chaos.sockets import raw, read_slowly, request_bytes
 
 FEW = Setup(
@@ -206,7 +206,7 @@ async def half_closes(trial: Trial) -> None:
 async def never_reads(trial: Trial) -> None:
     mark = len(trial.cluster.log_text("router"))
     long_asks = [Ask(ask.index, ask.prompt_tokens, 1900) for ask in LONG]
-    steady = Steady(trial.client, SHORT, 2)
+    steady = trial.steady(SHORT, 2)
     async with contextlib.AsyncExitStack() as stack:
         for ask in long_asks:
             reader, writer = await stack.enter_async_context(raw(trial.cluster.url, 4096))
@@ -230,7 +230,7 @@ async def reads_slowly(trial: Trial) -> None:
     asks = (MEDIUM * 8)[:60]
     answers = [Answer(ask, asked_s=time.monotonic()) for ask in asks]
     trial.client.answers.extend(answers)
-    steady = Steady(trial.client, MEDIUM, 4)
+    steady = trial.steady(MEDIUM, 4)
     trial.fault()
 
     async def one(answer: Answer, number: int) -> None:
@@ -250,7 +250,7 @@ async def reads_slowly(trial: Trial) -> None:
     "client-slowloris", ids="C5c", what="20 connections whose headers never end: 408 after 10 s"
 )
 async def slowloris(trial: Trial) -> None:
-    steady = Steady(trial.client, MEDIUM + SHORT, 4)
+    steady = trial.steady(MEDIUM + SHORT, 4)
     trial.fault()
 
     async def one() -> bytes:
@@ -282,7 +282,7 @@ async def slowloris(trial: Trial) -> None:
 async def babbles(trial: Trial) -> None:
     rng = random.Random(42)
     whole = request_bytes(MEDIUM[0], trial.client.model, "babble")
-    steady = Steady(trial.client, MEDIUM + SHORT, 4)
+    steady = trial.steady(MEDIUM + SHORT, 4)
     trial.fault()
     answered = 0
     for number in range(200):

@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pdserve.v1 import worker_service_pb2, worker_service_pb2_grpc
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 POLL_S = 0.02
 BUSY_POLL_S = 0.002  # a state worth waiting for may last some milliseconds
 CALL_S = 10.0

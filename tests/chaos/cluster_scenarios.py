@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.chaos.cluster import ROOT, Cluster, Setup
 from tests.chaos.extra import THREADS, Extra, worker_arguments
 from tests.chaos.framework import PAIRS, Trial, is_running, pause, scenario
-from tests.chaos.load import LONG, MEDIUM, MIXED, PROMPTS, SHORT, End, Steady
+from tests.chaos.load import LONG, MEDIUM, MIXED, PROMPTS, SHORT, End
 
 RESTART_COUNT = 50
 SOAK_S = 60.0
@@ -25,10 +25,10 @@ JUMP_S = 300
     "prefill-restarts-in-place",
     ids="P11",
     what=f"SIGKILL and start a prefill worker {RESTART_COUNT} times at one address, under load",
-    limit_s=200,
+    limit_s=400,
 )
 async def restarts_in_place(trial: Trial) -> None:
-    steady = Steady(trial.client, MEDIUM + PROMPTS + SHORT, 12)
+    steady = trial.steady(PROMPTS + SHORT, 6)
     used = 0
     async with Extra(trial.cluster, "prefill", "prefill-extra") as extra:
         pids = set()
@@ -63,7 +63,7 @@ async def is_used(trial: Trial, extra: Extra) -> bool:
     limit_s=90,
 )
 async def scale(trial: Trial) -> None:
-    steady = Steady(trial.client, MEDIUM + PROMPTS + LONG, 16)
+    steady = trial.steady(MEDIUM + PROMPTS + LONG, 16)
     for role in ("prefill", "decode"):
         async with Extra(trial.cluster, role, f"{role}-extra") as extra:
             await extra.start()
@@ -86,7 +86,7 @@ async def scale(trial: Trial) -> None:
     limit_s=90,
 )
 async def two_versions(trial: Trial) -> None:
-    steady = Steady(trial.client, MEDIUM + LONG, 20)
+    steady = trial.steady(MEDIUM + LONG, 20)
     text = (ROOT / "pdserve" / "__init__.py").read_text()
     major, minor, patch = map(int, re.findall(r'__version__ = "(\d+)\.(\d+)\.(\d+)"', text)[0])
     patched, other = f"{major}.{minor}.{patch + 7}", f"{major}.{minor + 1}.0"
@@ -283,7 +283,7 @@ async def soak(trial: Trial) -> None:
     rng = random.Random(seed)
     trial.allow(End.ABORTED)
     trial.allow(End.REFUSED, "no_prefill_workers", "no_decode_workers", "queue_full")
-    steady = Steady(trial.client, MIXED, 16)
+    steady = trial.steady(MIXED, 16)
     counts: dict[str, int] = {}
     deadline_s = time.monotonic() + SOAK_S
     while time.monotonic() < deadline_s:

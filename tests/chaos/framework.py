@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.chaos.cluster import CheckFailed, Cluster, Setup
-from tests.chaos.load import MIXED, Answer, Ask, Client, End, References
+from tests.chaos.load import MIXED, Answer, Ask, Client, End, References, Steady
 from tests.chaos.watch import Watch
 
 GONE_S = 5.0
@@ -87,6 +87,7 @@ class Trial:
     detection_s: float | None = None
     stall_s: float | None = None
     _marks: dict[tuple[str, str], int] = field(default_factory=dict)
+    _steady: list[Steady] = field(default_factory=list)
 
     # Saying things.
 
@@ -136,6 +137,18 @@ class Trial:
 
         await self.cluster.await_true("tokens flow", flowing)
         return answers
+
+    def steady(self, asks: Sequence[Ask], concurrency: int) -> Steady:
+        """Start closed-loop load; ``stop`` it before the scenario's end, or it is stopped then."""
+        made = Steady(self.client, asks, concurrency)
+        self._steady.append(made)
+        return made
+
+    async def end_load(self) -> None:
+        """See every stream to its end, closed loops too."""
+        for each in self._steady:
+            await each.stop()
+        await self.client.wait(self.client.answers)
 
     # Faults.  Each notes when it was done, and proves itself.
 

@@ -12,6 +12,7 @@ from tests.chaos.network import NIC, HostProcess, Network
 CLONE_NEWNET = 0x40000000
 CLIENT = "client"
 WORKER_PORT = 7000
+START_S = 120.0
 REST_PORT, ADMIN_PORT, REGISTER_PORT = 8000, 8001, 8002
 
 
@@ -54,6 +55,7 @@ class NetworkCluster(Cluster):
         address = self.network["router"].address
         self.url = f"http://{address}:{REST_PORT}"
         self.admin_url = f"http://{address}:{ADMIN_PORT}"
+        await self.await_ready(START_S)  # they start all at once, each loading its own torch
         await self.learn_model()
 
     def _leave_home(self) -> None:

@@ -7,7 +7,7 @@ import time
 from tests.chaos.client_scenarios import SLOTS
 from tests.chaos.cluster import Setup
 from tests.chaos.framework import PAIRS, Trial, is_running, scenario
-from tests.chaos.load import LONG, MEDIUM, MIXED, PROMPTS, SHORT, End, Steady
+from tests.chaos.load import LONG, MEDIUM, MIXED, PROMPTS, SHORT, End
 
 EIGHT = Setup(
     "1P+2D, 8 slots",
@@ -88,7 +88,7 @@ async def pause_stuck(trial: Trial) -> None:
 async def pause_races(trial: Trial) -> None:
     trial.allow(End.ABORTED)
     trial.allow(End.REFUSED, "paused")
-    steady = Steady(trial.client, MEDIUM + SHORT, 8)
+    steady = trial.steady(MEDIUM + SHORT, 8)
     trial.fault()
     calls = []
     for number in range(25):
@@ -132,7 +132,7 @@ async def flush(trial: Trial) -> None:
     limit_s=120,
 )
 async def rolling_restart(trial: Trial) -> None:
-    steady = Steady(trial.client, MEDIUM + SHORT + PROMPTS, 8)
+    steady = trial.steady(MEDIUM + SHORT + PROMPTS, 8)
     names = [row["name"] for row in trial.cluster.state()["workers"]]
     for name in names:
         pid = await trial.signal(name, signal.SIGTERM)

@@ -5,7 +5,7 @@ import re
 import signal
 
 from tests.chaos.framework import Trial, is_running, pause, scenario
-from tests.chaos.load import LONG, MEDIUM, MIXED, SHORT, End, Steady
+from tests.chaos.load import LONG, MEDIUM, MIXED, SHORT, End
 
 LEASE_S = 5.0  # lease.router_s
 LINKED = re.compile(r"router ([0-9a-f]+) linked")
@@ -110,7 +110,7 @@ async def restarts(trial: Trial) -> None:
     trial.allow(End.RESET)
     trial.allow(End.REFUSED)
     before = routers_seen(trial)
-    steady = Steady(trial.client, MEDIUM + SHORT, 8)
+    steady = trial.steady(MEDIUM + SHORT, 8)
     for _ in range(3):
         pid = trial.cluster.pid("router")
         await trial.kill("router")

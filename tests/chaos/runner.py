@@ -24,7 +24,7 @@ from tests.chaos.load import (
 from tests.chaos.watch import Watch
 
 REFERENCE_ASKS = (*MIXED, *SHORT, *MEDIUM, *LONG, *PROMPTS)
-BASELINE_S = 30.0
+BASELINE_S = 60.0
 FAULTS_SHOWN = 5
 HISTORY_BYTES_MAX = 24 << 20  # all of it is checked each time: a new cluster is cheaper then
 DESCRIPTOR_SLACK = 2  # connections of the audit and of the rows, which come and go
@@ -106,7 +106,7 @@ class Runner:
                 outcome.faults.append(str(error))
             except Exception as error:
                 outcome.faults.append(f"{type(error).__name__}: {error}")
-            await client.wait(client.answers)
+            await trial.end_load()
             await watch.close()
             self._judge(scenario, trial, outcome)
             await self._settle(trial, outcome, before)

@@ -336,7 +336,7 @@ def test_a_dead_step_ends_every_request_in_it() -> None:
     assert worker.pool.counts.is_baseline
 
 
-@pytest.mark.skipif(not __debug__, reason="-O compiles asserts away")
+@pytest.mark.asserts
 def test_steps_settle_in_the_order_they_were_planned() -> None:
     worker = Worker(depth=2)
     worker.run(A)

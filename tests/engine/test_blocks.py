@@ -43,7 +43,7 @@ def test_a_block_with_several_holders_is_counted_once_as_the_most_dangerous() ->
     pool.check()
 
 
-@pytest.mark.skipif(not __debug__, reason="-O compiles asserts away")
+@pytest.mark.asserts
 def test_a_double_release_stops_the_process() -> None:
     pool = BlockPool(1)
     blocks = take(pool, 1)
@@ -54,7 +54,7 @@ def test_a_double_release_stops_the_process() -> None:
         pool.release(blocks, Hold.USED)
 
 
-@pytest.mark.skipif(not __debug__, reason="-O compiles asserts away")
+@pytest.mark.asserts
 def test_a_free_block_cannot_be_shared_or_published() -> None:
     pool = BlockPool(1)
     with pytest.raises(AssertionError, match="cannot be shared"):

@@ -68,7 +68,7 @@ def test_a_chain_publishes_what_is_new_only() -> None:
     assert repr(chain) == "<HashChain 3 blocks, 3 published>"
 
 
-@pytest.mark.skipif(not __debug__, reason="-O compiles asserts away")
+@pytest.mark.asserts
 def test_flush_forgets_everything_but_not_while_somebody_holds_a_block() -> None:
     pool = BlockPool(8)
     cache = PrefixCache(pool, 4)

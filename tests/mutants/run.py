@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path[0] = str(ROOT)
 
-from tests.mutants.guards import GUARDS, Guard  # noqa: E402
+from tests.mutants.guard import Guard  # noqa: E402
+from tests.mutants.guards import GUARDS  # noqa: E402
 
 FOLDERS = (
     "pdserve", "engine", "kvtransfer", "prefill", "decode", "router", "sim", "pdctl", "bench",

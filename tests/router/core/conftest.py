@@ -117,7 +117,6 @@ class FakeWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self.flushed = 0
         self.on_audit: Callable[[], object] = lambda: None
         self.is_held = False
-        self.hold_words: list[bool] = []
         self.hold_gate = asyncio.Event()
         self.hold_gate.set()
         self.weights: list[str] = []  # the phases it was asked for
@@ -148,12 +147,8 @@ class FakeWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         while True:
             if self.is_beating:
                 self.loop_count += self.is_loop_moving
-                status = replace(
-                    self.status,
-                    loop_count=self.loop_count,
-                    is_idle=not self.held,
-                    is_held=self.is_held,
-                )
+                status = replace(self.status, loop_count=self.loop_count, is_held=self.is_held)
+                status = replace(status, is_idle=not self.held)
                 message = worker_service_pb2.WorkerMessage(status=status_to_wire(status))
                 for link in self.links:
                     link.put_nowait(message)
@@ -316,7 +311,6 @@ class FakeWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         return worker_service_pb2.FlushCacheResponse(dropped_block_count=3)
 
     async def SetHold(self, request, context):  # noqa: ARG002, N802
-        self.hold_words.append(request.held)
         self.fleet.hold_words.append((self.info.name, request.held))
         await self.hold_gate.wait()
         self.is_held = request.held
@@ -404,7 +398,7 @@ class FakeFleet:
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             stub = router_service_pb2_grpc.RouterServiceStub(channel)
             request = router_service_pb2.RegisterRequest(worker=info_to_wire(info))
-            answer = await stub.Register(request, timeout=WAIT_S)
+            answer = await stub.Register(request, timeout=WAIT_S, wait_for_ready=True)
             return bool(answer.linked)
 
     async def ready(self, name: str) -> None:

@@ -217,6 +217,18 @@ async def test_a_silent_worker_gets_nothing_new_and_then_loses_what_it_has(
         await collect_exact(generation, PROMPT, 8)
 
 
+async def test_a_link_that_stays_mute_is_dialled_anew(fleet_of, eventually):
+    beat = HeartbeatConfig(interval_s=0.05, suspect_s=0.2, dead_s=0.3, step_s=5.0)
+    async with fleet_of("prefill-0", "decode-0", heartbeat=beat) as fleet:
+        linked_s = fleet.core.view.beliefs["decode-0"].linked_s
+        fleet["decode-0"].is_beating = False
+        await eventually(
+            lambda: fleet.core.view.beliefs["decode-0"].linked_s > linked_s, "another link"
+        )
+        fleet["decode-0"].is_beating = True
+        await eventually(lambda: fleet.state("decode-0") == "ready", "ready")
+
+
 async def test_a_router_that_stood_still_does_not_blame_its_workers(
     fleet_of, caplog, eventually, monkeypatch
 ):
