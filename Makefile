@@ -3,7 +3,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m
 SOURCES := pdserve engine kvtransfer prefill decode router sim pdctl bench docs tests
 
-.PHONY: help setup run test check fmt proto docs bench bench-kv clean test-optimized chaos abort-matrix mutants
+.PHONY: help setup run test check fmt proto docs bench bench-kv clean test-optimized chaos abort-matrix mutants sim-soak
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/'
@@ -33,6 +33,9 @@ check: setup proto docs ## format, lint, types, floors, sizes, generated files, 
 # No check of what comes from outside may be an assert: without them everything still holds.
 test-optimized: setup ## the fast tests under python -O
 	PYTHONOPTIMIZE=1 $(RUN) pytest -q -m "not slow" $(ARGS)
+
+sim-soak: setup  ## fresh simulated schedules, an hour of them; pass ARGS="--minutes 600 --jobs 2"
+	$(RUN) sim $(or $(ARGS),--minutes 60)
 
 chaos: setup     ## faults on real processes, told as a table; pass ARGS="--only NAME --out results.json"
 	$(BIN)/python tests/chaos/run.py $(ARGS)

@@ -393,6 +393,8 @@ class Fleet(router_service_pb2_grpc.RouterServiceServicer):
         try:
             async with asyncio.timeout_at(until_s):
                 await peer.sent()
+            if peer.stub is not stub:
+                raise PeerLost(f"{name}: the link ended")
             return await getattr(stub, method)(request, timeout=until_s - loop.time())
         except TimeoutError:
             raise Expired(f"{name}: does not read what it is sent") from None

@@ -51,6 +51,7 @@ from router.placement import (
     place,
     place_decode,
 )
+from router.transitions import State
 from router.view import FleetView
 
 QUEUE_TOKENS_MAX = 4 << 20
@@ -239,7 +240,9 @@ class RequestTable:
             match command:
                 case Emit(tokens):
                     self.emitted_count += len(tokens)
-                    if not self._generations[journey.request_id].put(tokens):
+                    is_taken = self._generations[journey.request_id].put(tokens)
+                    # One that has just ended has its end among the commands that follow.
+                    if not is_taken and journey.state is not State.ENDED:
                         self._overflowed(journey, now_s)
                         return
                 case SendSubmit() | SendReserve() | SendAdopt() | SendAbort():

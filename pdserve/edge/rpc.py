@@ -46,7 +46,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # against another that later listens on the same address.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # It is also all the time that one attempt to connect gets: a busy machine needs more than
+    # the first backoff.
+    ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 """Options of every channel between processes of a cluster."""

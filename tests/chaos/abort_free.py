@@ -18,13 +18,12 @@ import psutil
 from pdserve.v1 import worker_service_pb2, worker_service_pb2_grpc
 from tests.chaos.abort_caller import Caller
 from tests.chaos.abort_desk import Desk, Stage, stage_of
-from tests.chaos.abort_storm import LARGE, LONGEST, MIDDLE
+from tests.chaos.abort_storm import LONGEST, VICTIMS
 from tests.chaos.cluster import CheckFailed, Cluster
 from tests.chaos.load import Client, References
 
 STAGES = (Stage.PREFILLING, Stage.TRANSFERRING, Stage.DECODING)
 LOAD = 12
-VICTIMS = (*MIDDLE[5:], *LARGE)
 FREED_S = 20.0
 POLL_S = 0.002
 

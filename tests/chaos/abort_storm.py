@@ -34,6 +34,7 @@ MIDDLE = _asks(2100, 10, (100, 330), (48, 12))
 LARGE = _asks(2200, 6, (500, 940), (6, 20))
 LENGTHY = _asks(2300, 4, (20, 50), (120, 200))
 STEADY = _asks(2350, 12, (12, 320), (90, 180))
+VICTIMS = _asks(2380, 8, (180, 940), (900, 900))
 LONGEST = _asks(2400, 2, (12, 40), (1900, 1900))
 ASKS = SMALL + MIDDLE + LARGE + LENGTHY
 EVERY = ASKS + STEADY + LONGEST
@@ -104,8 +105,8 @@ async def _pause(crowd: Crowd) -> list[str]:
     faults = []
     try:
         answer = (await cluster.admin("POST", "/v1/pause", json={})).json()
-        if not answer.get("paused"):
-            faults.append(f"a pause did not settle: {answer}")
+        if not answer.get("paused") or answer.get("forced"):
+            faults.append(f"a pause did not settle by itself: {answer}")
         if not (await cluster.admin("GET", "/v1/is_paused")).json()["is_paused"]:
             faults.append("paused, but is_paused says no")
         try:

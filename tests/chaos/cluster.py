@@ -7,7 +7,6 @@ processes (on other hosts, say) is a subclass that overrides ``up``, ``down`` an
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -57,7 +56,6 @@ class Cluster:
     def __init__(self, setup: Setup, folder: Path) -> None:
         self.setup = setup
         self.folder = folder
-        self.environment: dict[str, str] = {}  # of the processes that pdctl starts
         self.history = folder / "history"
         self.url = self.admin_url = self.model = ""
         # Few kept connections: they count among the router's descriptors.
@@ -106,7 +104,6 @@ class Cluster:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "pdctl", *arguments, "--state-dir", str(self.folder),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=ROOT,
-            env={**os.environ, **self.environment},
         )  # fmt: skip
         output, _ = await asyncio.wait_for(process.communicate(), 120)
         code, text = int(process.returncode or 0), output.decode(errors="replace")

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent.parent
 PREFIX = "pdchaos-"
 SWITCH = f"{PREFIX}switch"
 NIC = "eth0"
-TABLE = "inet chaos"
+TABLE = ("inet", "chaos")
+CHAIN = (*TABLE, "forward")
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "ss": "iproute2", "nft": "nftables"}
 COMMAND_S = 20.0
 START_S = 20.0
@@ -48,7 +49,7 @@ def reason_to_skip() -> str | None:
     if made.returncode:
         return f"no network namespaces here: {made.stderr.strip()}; wanted CAP_SYS_ADMIN"
     ruled = subprocess.run(
-        ["ip", "netns", "exec", name, "nft", "add", "table", *TABLE.split()],
+        ["ip", "netns", "exec", name, "nft", "add", "table", *TABLE],
         capture_output=True,
         text=True,
     )
@@ -229,7 +230,7 @@ class BadLine:
     """A line between two hosts that goes through ``netem``, until it is repaired."""
 
     def __init__(self, one: Host, other: Host, line: Line) -> None:
-        """The caller has stopped the kernel from forwarding between the two."""
+        """The caller stops the kernel from forwarding between the two."""
         told = {"one": one.side(), "other": other.side(), "line": line}
         program = Path(__file__).with_name("netem.py")
         self._process = subprocess.Popen(
@@ -260,10 +261,10 @@ class Rule:
 
     def __init__(self, text: str) -> None:
         """``text``: an nftables rule with one counter."""
-        answer = _nft("--echo", "--json", "add", "rule", *TABLE.split(), "forward", *text.split())
+        answer = _nft("--echo", "--json", "add", "rule", *CHAIN, *text.split())
         added = [item["add"]["rule"] for item in json.loads(answer)["nftables"] if "add" in item]
         self.text = text
-        self._handle = str(added[0]["handle"])
+        self._handle = int(added[0]["handle"])
         self._last_count: int | None = None
 
     @property
@@ -271,17 +272,25 @@ class Rule:
         """How many packets it has struck so far."""
         if self._last_count is not None:
             return self._last_count
-        listed = json.loads(_nft("--json", "list", "chain", *TABLE.split(), "forward"))
-        for item in listed["nftables"]:
-            if str(item.get("rule", {}).get("handle")) == self._handle:
-                return _packets(item["rule"]["expr"])
-        raise RuntimeError(f"the rule is gone: {self.text}")
+        return _counts()[self._handle]
 
     def remove(self) -> None:
         """Put it out of force; its count remains known.  Idempotent."""
         if self._last_count is None:
             self._last_count = self.packet_count
-            _nft("delete", "rule", *TABLE.split(), "forward", "handle", self._handle)
+            _nft("delete", "rule", *CHAIN, "handle", str(self._handle))
+
+    def removed(self, counts: Mapping[int, int]) -> None:
+        """Note that it was put out of force, and what it had counted by then."""
+        if self._last_count is None:
+            self._last_count = counts[self._handle]
+
+
+def _counts() -> dict[int, int]:
+    """Count the packets each rule of the switch has struck, by its handle."""
+    listed = json.loads(_nft("--json", "list", "chain", *CHAIN))["nftables"]
+    rules = [item["rule"] for item in listed if "rule" in item]
+    return {int(rule["handle"]): _packets(rule["expr"]) for rule in rules}
 
 
 def _packets(expressions: list[dict[str, Any]]) -> int:
@@ -304,9 +313,8 @@ class Network:
         run("ip", "netns", "add", SWITCH)
         try:
             run("ip", "netns", "exec", SWITCH, "sysctl", "-qw", "net.ipv4.ip_forward=1")
-            _nft("add", "table", *TABLE.split())
-            _nft("add", "chain", *TABLE.split(), "forward",
-                 "{ type filter hook forward priority 0 ; }")  # fmt: skip
+            _nft("add", "table", *TABLE)
+            _nft("add", "chain", *CHAIN, "{ type filter hook forward priority 0 ; }")
             for number, name in enumerate(names, start=1):
                 self.hosts[name] = Host(name, number)
             for host in self.hosts.values():
@@ -367,28 +375,21 @@ class Network:
         shown = run("tc", "-n", SWITCH, "-s", "class", "show", "dev", device)
         return sum(int(count) for count in re.findall(r"Sent (\d+) bytes", shown))
 
-    def degrade(self, one: str, other: str, line: Line) -> BadLine:
-        """Have all packets between two hosts go over a bad line, until ``heal``."""
-        self.cut(one, other)
-        bad = BadLine(self[one], self[other], line)
-        self._bad_lines.append(bad)
-        return bad
+    def degrade(self, one: str, other: str, line: Line) -> None:
+        """Have all packets between two hosts go over a bad line."""
+        self._bad_lines.append(BadLine(self[one], self[other], line))
+        self.cut(one, other)  # the kernel's way; both are open for a moment, never none
 
-    def repair(self) -> Counts:
-        """Repair all bad lines; return what they did, added up."""
-        total = Counts()
-        for bad in self._bad_lines:
-            counts = asdict(bad.repair())
-            total = Counts(**{name: value + counts[name] for name, value in asdict(total).items()})
-        self._bad_lines.clear()
-        return total
-
-    def heal(self) -> None:
-        """End every fault of the switch."""
-        self.repair()
+    def heal(self) -> Counts:
+        """End every fault of the switch; return what bad lines did, added up."""
+        counts = _counts()
+        _nft("flush", "chain", *CHAIN)
         for rule in self._rules:
-            rule.remove()
+            rule.removed(counts)
         self._rules.clear()
         for host in self._limited:
             run("tc", "-n", SWITCH, "qdisc", "del", "dev", host.port_device, "root")
         self._limited.clear()
+        repaired = [asdict(bad.repair()) for bad in self._bad_lines]
+        self._bad_lines.clear()
+        return Counts(**{name: sum(one[name] for one in repaired) for name in asdict(Counts())})

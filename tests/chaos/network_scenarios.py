@@ -142,7 +142,7 @@ async def bad_line(trial: Trial) -> None:
         line = Line(delay_s=0.02, jitter_s=0.005, loss=0.015, double=0.01, seed=seed)
         network.degrade(P0, decode, line)
     await pause(8.0)
-    counts = network.repair()
+    counts = network.heal()
     shown = f"{counts.taken} packets taken"
     trial.prove(f"{shown}, {counts.lost} lost", counts.lost > 0)
     trial.prove(f"{shown}, {counts.doubled} doubled", counts.doubled > 0)

@@ -125,7 +125,7 @@ class Runner:
     def _judge(self, scenario: Scenario, trial: Trial, outcome: Outcome) -> None:
         lack = scenario.verify(trial)
         outcome.is_verified = not lack
-        outcome.proof = lack or "; ".join(proof.what for proof in trial.proofs)
+        outcome.proof = lack or "; ".join(dict.fromkeys(proof.what for proof in trial.proofs))
         outcome.detection_s, outcome.stall_s = trial.detection_s, trial.stall_s
         outcome.notes += trial.notes
         outcome.bounds = list(trial.bounds)

@@ -13,13 +13,14 @@ from pdserve.edge.rpc import GRPC
 from pdserve.errors import PdserveError
 from pdserve.failpoints import Kind
 from pdserve.history.checker import require
-from pdserve.history.events import Event, History
+from pdserve.history.events import Entry, Event, History
 from pdserve.history.files import read_folder
 from pdserve.request import Key
 from pdserve.v1 import worker_service_pb2, worker_service_pb2_grpc
 
 PROMPTS = [[number % 700 + 40 for number in range(start, 75)] for start in range(4)]
 TOKENS = 24
+SOON_S = 1.0
 
 # What a raise makes of the request it meets: most are given up, a broken hand-off is resumed.
 RESUMED = {"kv.push", "kv.landed"}
@@ -56,8 +57,8 @@ def histories_of(pair: Any, folder: Path) -> tuple[History, ...]:
     return histories
 
 
-def count(histories: tuple[History, ...], event: Event) -> int:
-    return sum(entry.event is event for each in histories for entry in each.entries)
+def entries(histories: tuple[History, ...], event: Event) -> list[Entry]:
+    return [entry for each in histories for entry in each.entries if entry.event is event]
 
 
 def fired(name: str) -> int:
@@ -80,13 +81,15 @@ async def test_a_raise_costs_one_request_and_leaves_the_others_exact(
         assert each == wanted or isinstance(each, PdserveError), each
     await pair.await_baseline()
     histories = histories_of(pair, tmp_path)
-    assert count(histories, Event.LINK_DOWN) == 0
-    assert count(histories, Event.RESUME) == (name in RESUMED)
-    faults = [
-        entry.fields for each in histories for entry in each.entries if entry.event is Event.FAULT
-    ]
     # One process stands for three here: each wrote it down.
-    assert faults == [{"point": name, "action": "raise(boom)"}] * 3
+    faults = entries(histories, Event.FAULT)
+    assert [each.fields for each in faults] == [{"point": name, "action": "raise(boom)"}] * 3
+    # A machine that is busy enough may lose a link, and resume what hung on it, at any time;
+    # but not because of the fault.
+    for lost in entries(histories, Event.LINK_DOWN):
+        assert not 0 <= lost.at_s - faults[0].at_s < SOON_S, lost
+    causes = {each.fields["cause"] for each in entries(histories, Event.RESUME)}
+    assert name not in RESUMED or "transfer_failed" in causes
     assert await outcomes(pair) == undisturbed
     await pair.await_baseline()
 
@@ -97,7 +100,8 @@ async def test_a_corrupted_hand_off_is_caught_and_repeated(pair: Any, tmp_path: 
     assert await outcomes(pair) == undisturbed
     await pair.await_baseline()
     assert pair.decode.audit.dropped_counts["checksum_mismatch"] == 1
-    assert count(histories_of(pair, tmp_path), Event.RESUME) == 1
+    resumes = entries(histories_of(pair, tmp_path), Event.RESUME)
+    assert "transfer_failed" in {each.fields["cause"] for each in resumes}
 
 
 async def test_a_lost_acknowledgement_keeps_the_blocks_in_quarantine_until_it_is_asked_again(
@@ -171,7 +175,7 @@ class TestLostMessages:
         assert await outcomes(pair) == undisturbed
         assert fired(name) == before + 1
         await pair.await_baseline()
-        assert count(histories_of(pair, tmp_path), Event.RESUME) >= 1
+        assert entries(histories_of(pair, tmp_path), Event.RESUME)
 
 
 class TestProduction:

@@ -286,6 +286,15 @@ async def test_a_caller_who_fetches_nothing_is_cut_off(fleet_of, monkeypatch, ev
         await eventually(lambda: len(fleet["decode-0"].aborted) == 1, "the abort")
 
 
+async def test_a_last_token_too_many_still_ends_the_request(fleet_of, monkeypatch, eventually):
+    monkeypatch.setattr("router.generation.OUTPUTS_MAX", 16)
+    async with fleet_of("prefill-0", "decode-0") as fleet:
+        generation = fleet.start(PROMPT, 17)
+        await eventually(lambda: not fleet.core.table.live, "the end")
+        assert fleet.core.request(generation.request_id)["finish_reason"] == "length"
+        await fleet.idle()
+
+
 async def test_the_queue_is_bounded_and_says_when_to_come_again(fleet_of, eventually):
     router = RouterConfig(queue_max=2, inflight_max=1)
     async with fleet_of("prefill-0", "decode-0", router=router) as fleet:
