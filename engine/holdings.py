@@ -52,6 +52,7 @@ class Holdings:
         self.memory = executor.memory
         self.model = executor.model
         self.block_tokens = self.memory.layout.block_tokens
+        self._has_checksums = kv.checksum
         self.pool = BlockPool(self.memory.block_count)
         self.cache = PrefixCache(self.pool, self.block_tokens, is_enabled=kv.prefix_cache)
         self.tombstones = Tombstones(transfer.tombstones_max, transfer.tombstone_s)
@@ -75,7 +76,8 @@ class Holdings:
             pid=os.getpid(),
             version=__version__,
             model_hash=self.model.hash,
-            kv_layout_hash=self.memory.layout.hash,
+            # Ends that do not agree on checksums could hand nothing over either.
+            kv_layout_hash=self.memory.layout.hash + ("-crc" if self._has_checksums else ""),
             model_name=self.model.name,
             block_tokens=self.block_tokens,
             block_count=self.memory.block_count,

@@ -34,6 +34,7 @@ class SimDataPlane:
     ``corrupt_chance``: of a piece of a push to arrive with one bit flipped.
     ``lands_in_stopped``: whether writes land in the memory of a stopped process, as a one-sided
     write by the sender's CPU does, or wait for its engine, as one over a socket does.
+    ``on_write(writer, target, address, size_bytes)`` is called as a write lands.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SimDataPlane:
         self.corrupt_chance = corrupt_chance
         self.corrupts_next = False
         self.lands_in_stopped = lands_in_stopped
+        self.on_write: Callable[[Node, Node, int, int], None] | None = None
         self.transports: dict[bytes, SimTransport] = {}
         self._made_count = 0
         links.watch(self._watch_silence)
@@ -462,6 +464,8 @@ class _Piece:
             )
         ctypes.memmove(address, self._data, size)
         plane = target.plane
+        if plane.on_write is not None:
+            plane.on_write(endpoint.owner.node, target.node, address, size)
         if plane.corrupts_next or (
             plane.corrupt_chance and target.rng.random() < plane.corrupt_chance
         ):

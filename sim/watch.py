@@ -106,6 +106,25 @@ class WatchedDecode(DecodeWorker):
         self._receiver.check()
         require_conserved(self.info.name, self._holdings.pool.counts)
 
+    def check_write(self, writer: str, incarnation: int, address: int, size_bytes: int) -> None:
+        """Tell of a violation unless that writer has a hand-off open for these very blocks (V5)."""
+        memory = self._holdings.memory
+        piece_bytes = memory.layout.piece_bytes
+        first = (address - memory.address) // piece_bytes
+        last = (address + size_bytes - 1 - memory.address) // piece_bytes
+        # Nobody but a spectator has use for this; so it looks where nobody else may.
+        handoffs = self._receiver._handoffs.values()  # noqa: SLF001
+        theirs = {
+            block
+            for handoff in handoffs
+            if (handoff.address, handoff.incarnation) == (writer, incarnation)
+            for block in handoff.session.blocks[handoff.session.held_count :]
+        }
+        strange = {piece % memory.block_count for piece in range(first, last + 1)} - theirs
+        if strange:
+            text = f"{self.info.name}: {writer} writes blocks {sorted(strange)}, not leased to it"
+            self._watch.violated(SimViolation(text))
+
     def flush_cache(self) -> int:
         """See ``DecodeWorker``; nothing may be in flight whoever asks."""
         require_quiet(self.info.name, self._device, self._watch)

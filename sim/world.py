@@ -27,9 +27,10 @@ from sim.network import SimNetwork
 from sim.node import Node
 from sim.operators import Operators
 from sim.oracle import Oracle, SimViolation
-from sim.processes import ROUTER, RouterProcess, WorkerProcess
+from sim.processes import PORT, ROUTER, RouterProcess, WorkerProcess
 from sim.schedule import Caller, Kind, Schedule
 from sim.trouble import Troubles
+from sim.watch import WatchedDecode
 
 if TYPE_CHECKING:
     from pdserve.history.events import MemoryRecorder
@@ -96,6 +97,8 @@ class World:
         self.oracle = Oracle(plan.layer_count, schedule.VOCAB_SIZE, schedule.CONTEXT_TOKENS_MAX)
         self._lines: list[str] = []
         self._is_traced = is_traced
+        self._processes: dict[Node, WorkerProcess] = {}
+        self.data_plane.on_write = self._written
         self._digest = hashlib.blake2b(digest_size=8)
         self._histories: list[MemoryRecorder] = []
         self._verdict: SimViolation | None = None
@@ -141,6 +144,13 @@ class World:
             self._verdict = violation
         self.loop.fail("a promise was broken", violation)
 
+    def _written(self, writer: Node, target: Node, address: int, size_bytes: int) -> None:
+        by, at = self._processes[writer], self._processes[target].worker
+        if not isinstance(at, WatchedDecode):
+            self.violated(SimViolation(f"{writer.name} writes into {target.name}"))
+            return
+        at.check_write(f"{by.name}:{PORT}", by.incarnation, address, size_bytes)
+
     def busy_workers(self) -> Mapping[str, int]:
         """Count the steps on the devices of workers that the router counts as its own."""
         busy: dict[str, int] = {}
@@ -175,7 +185,9 @@ class World:
             rng=self.rng,
             watch=self,
         )
-        self._histories.append(self.workers[name].history)
+        process = self.workers[name]
+        self._processes[process.node] = process
+        self._histories.append(process.history)
         self.log(name, "starts")
 
     def operators(self) -> Operators:

@@ -206,6 +206,7 @@ async def write_late(trial: Trial, wait_s: float) -> None:
     what="wall clocks jump by +300 s, -300 s and back under load; monotonic stays true",
     setup=Setup("shifted clocks", settings=PAIRS.settings, make=Shifted),
     skip=reason_to_skip,
+    limit_s=90,
 )
 async def clock_jumps(trial: Trial) -> None:
     cluster = trial.cluster

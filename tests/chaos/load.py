@@ -124,7 +124,7 @@ class Client:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._salts = 0
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        timeout = httpx.Timeout(PATIENCE_S, connect=5.0)
+        timeout = httpx.Timeout(PATIENCE_S, connect=20.0)
         self._http = httpx.AsyncClient(limits=limits, timeout=timeout, verify=False)
 
     async def close(self) -> None:

@@ -9,10 +9,10 @@ from typing import cast
 
 from tests.chaos.cluster import Setup
 from tests.chaos.framework import Trial, pause, scenario
-from tests.chaos.load import MEDIUM, PROMPTS, SHORT, Ask, Steady
+from tests.chaos.load import LONG, MEDIUM, PROMPTS, SHORT, Ask, Steady
 from tests.chaos.netem import Line
 from tests.chaos.network import Network, Rule, reason_to_skip
-from tests.chaos.network_cluster import WORKER_PORT, NetworkCluster
+from tests.chaos.network_cluster import START_S, WORKER_PORT, NetworkCluster
 
 P0, P1, D0, D1, ROUTER = "prefill-0", "prefill-1", "decode-0", "decode-1", "router"
 
@@ -351,11 +351,15 @@ async def hold_bytes_back(trial: Trial) -> list[Rule]:
     return rules
 
 
-async def wait_for_all(trial: Trial) -> None:
-    """Heal and let everything end: the same blocks are used again and again meanwhile."""
-    network_of(trial).heal()
+async def reuse_blocks(trial: Trial, rules: Iterable[Rule]) -> None:
+    """Let the two meet again, on the slow line, and keep every block in use for a while."""
+    for rule in rules:
+        rule.remove()
+    prove(trial, rules)
     trial.fault()
+    await trial.client.wait(trial.client.start_all(MEDIUM + LONG))
     await trial.client.wait(trial.client.answers)
+    network_of(trial).heal()
     trial.measure_stall(trial.client.answers)
     took_s = await trial.cluster.await_baseline()
     trial.bound("at baseline after the load", took_s, BASELINE_S)
@@ -367,13 +371,13 @@ async def wait_for_all(trial: Trial) -> None:
     what="P0 and D0 part in mid-transfer until both gave up, then meet again; blocks are scarce",
     setup=TIGHT,
     skip=reason_to_skip,
+    limit_s=120.0,
 )
 async def late_bytes(trial: Trial) -> None:
     """What the sender's kernel held must not land in blocks that have another owner by then."""
     rules = await hold_bytes_back(trial)
     await pause(8.0)
-    prove(trial, rules)
-    await wait_for_all(trial)
+    await reuse_blocks(trial, rules)
 
 
 @scenario(
@@ -382,7 +386,7 @@ async def late_bytes(trial: Trial) -> None:
     what="P0 and D0 part in mid-transfer, P0 is killed and started again, then they meet again",
     setup=TIGHT,
     skip=reason_to_skip,
-    limit_s=90.0,
+    limit_s=180.0,
 )
 async def late_bytes_of_the_dead(trial: Trial) -> None:
     """A new incarnation at the address proves the death; the dead one's bytes must be gone."""
@@ -390,9 +394,8 @@ async def late_bytes_of_the_dead(trial: Trial) -> None:
     rules = await hold_bytes_back(trial)
     await trial.kill(P0)
     cluster.start(P0)
-    await cluster.await_ready(60.0)
-    prove(trial, rules)
-    await wait_for_all(trial)
+    await cluster.await_ready(START_S)
+    await reuse_blocks(trial, rules)
 
 
 # The control.

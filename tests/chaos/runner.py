@@ -1,6 +1,7 @@
 """Runs scenarios one after another: clusters, the checks every scenario ends with, the verdict."""
 
 import asyncio
+import os
 import re
 import shutil
 import sys
@@ -25,6 +26,7 @@ from tests.chaos.watch import Watch
 
 REFERENCE_ASKS = (*MIXED, *SHORT, *MEDIUM, *LONG, *PROMPTS)
 BASELINE_S = 60.0
+CROWDED = 2.0
 FAULTS_SHOWN = 5
 HISTORY_BYTES_MAX = 24 << 20  # all of it is checked each time: a new cluster is cheaper then
 DESCRIPTOR_SLACK = 2  # connections of the audit and of the rows, which come and go
@@ -59,6 +61,8 @@ class Runner:
         except Exception as error:  # a scenario's own bug costs its row, not the run
             outcome.faults.append(f"{type(error).__name__}: {error}")
         outcome.took_s = time.monotonic() - began_s
+        if crowding() > CROWDED:
+            outcome.notes.append(f"others use this machine: load {os.getloadavg()[0]:.0f}")
         outcome.status = verdict(outcome)
         is_bad = outcome.status is Status.FAIL
         is_long = self._cluster is not None and history_bytes(self._cluster) > HISTORY_BYTES_MAX
@@ -92,16 +96,17 @@ class Runner:
         client = Client(cluster.url, cluster.model)
         watch = Watch(cluster)
         trial = Trial(cluster, client, watch)
+        limit_s = scenario.limit_s * crowding()
         try:
             await self._prepare(cluster, client)
             before = cluster.descriptors()
             self._log_sizes = {name: len(cluster.log_text(name)) for name in cluster.pids()}
             await watch.start()
             try:
-                async with asyncio.timeout(scenario.limit_s):
+                async with asyncio.timeout(limit_s):
                     await scenario.run(trial)
             except TimeoutError:
-                outcome.faults.append(f"not over within {scenario.limit_s:g} s")
+                outcome.faults.append(f"not over within {limit_s:.0f} s")
             except CheckFailed as error:
                 outcome.faults.append(str(error))
             except Exception as error:
@@ -229,6 +234,11 @@ class Runner:
 def history_bytes(cluster: Cluster) -> int:
     """Size of what a cluster's processes have written of themselves so far."""
     return sum(path.stat().st_size for path in cluster.history.glob("*.jsonl"))
+
+
+def crowding() -> float:
+    """How much longer things take here than alone: the load per core, at least 1."""
+    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
 
 
 def verdict(outcome: Outcome) -> Status:

@@ -384,6 +384,14 @@ GUARDS = (
         "an abort of a request that is over is told as a success",
         operations("test_an_abort_is_exact_and_returns_what_was_emitted"),
     ),
+    Guard(
+        "abort: both legs",
+        "router/journey.py",
+        "if leg is not None and leg.is_open]",
+        "if leg is self.prefill and leg and leg.is_open]",
+        "an aborted request is decoded to its end for nobody",
+        JOURNEY,
+    ),
     # Bytes and identities.
     Guard(
         "checksum",
