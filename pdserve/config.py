@@ -137,6 +137,9 @@ class RouterConfig:
     pause_s: float = setting(
         30.0, "Wait for idle when pausing before it is forced", unit="s", low=0.1, high=3600
     )
+    drain_s: float = setting(
+        5.0, "After SIGTERM, time for requests to end by themselves", unit="s", low=0, high=3600
+    )
     body_bytes_max: int = setting(
         8 << 20, "Longest request body", unit="bytes", low=1024, high=1 << 30
     )

@@ -61,6 +61,7 @@ async def serve(
         )
         await stopped.wait()
         log.info("event=stopping live=%d", len(core.table.live))
+        await core.drain(own.drain_s)
     finally:
         # In this order: callers learn of the end while there is still somebody to tell them.
         core.end_all()

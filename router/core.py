@@ -105,6 +105,13 @@ class RouterCore:
         self._timer = asyncio.create_task(self._tick_for_ever(), name="router timer")
         return address
 
+    async def drain(self, timeout_s: float) -> None:
+        """Let nobody in, and give those who are in so much time to end by themselves."""
+        self.refuse("shutting down", "draining")
+        deadline_s = _now_s() + timeout_s
+        while self.table.live and _now_s() < deadline_s:  # noqa: ASYNC110 - many may end it
+            await asyncio.sleep(TICK_S)
+
     def end_all(self) -> None:
         """Let nobody in, and end every request with an error.  Idempotent.
 

@@ -44,6 +44,9 @@ STATES = (
 )
 """Interesting states that a large set of runs must have been in."""
 
+_HINDRANCES = frozenset({Kind.DELAY, Kind.STEP_DIES, Kind.REQUEST_FAULT})
+_DEADLINES = ("stalled", "first_token_late", "unseated", "gap", "worker_lost")
+
 
 def missing(counts: Mapping[str, int]) -> list[str]:
     """Name what never happened in a set of runs: kinds of trouble and interesting states."""
@@ -87,6 +90,15 @@ def check_outcome(client: Client, kinds: Set[Kind], hit_requests: Set[str]) -> s
     if not kinds & DISRUPTIVE:
         raise SimViolation(f"{client.label} ended in an error without any fault: {error}")
     return "gave up"
+
+
+def check_progress(client: Client, stages: Iterable[str], kinds: Set[Kind]) -> None:
+    """Require that nobody was saved by a deadline where nothing stood in the way."""
+    if kinds & (DISRUPTIVE | _HINDRANCES):
+        return
+    for what in stages:
+        if what.startswith("resumed") and what.endswith(_DEADLINES):
+            raise SimViolation(f"{client.label} was {what}, though there was no fault")
 
 
 def check_probe(client: Client) -> None:

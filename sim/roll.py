@@ -2,7 +2,8 @@
 
 Each seed enables its own few kinds of trouble: many at once hide each other, and a kind that
 is always there hides what only happens without it.  Some seeds press one point instead: pools
-that are just large enough, and hand-offs that are given up while they are under way.
+that are just large enough, and hand-offs that are given up while they are under way.  Others
+have no faults at all: there nothing may ever wait for a deadline.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ from sim.schedule import (
 )
 
 PRESSED_CHANCE = 0.35
+CALM_CHANCE = 0.1
+
+_CALM_KINDS = (*CLIENT_KINDS, Kind.FLUSH, Kind.ABORT_SOME, Kind.ABORT_ALL, Kind.SCALE_UP)
 
 _HANDOFF_KINDS = (
     Kind.DELAY,
@@ -56,15 +60,26 @@ _CRASH_KINDS = {
 def make(seed: int) -> Schedule:
     """Roll the dice of a seed."""
     rng = Random(seed)
-    return _pressed(rng, seed) if rng.random() < PRESSED_CHANCE else _swarm(rng, seed)
+    chance = rng.random()
+    if chance < PRESSED_CHANCE:
+        return _pressed(rng, seed)
+    if chance < PRESSED_CHANCE + CALM_CHANCE:
+        return _swarm(rng, seed, _CALM_KINDS, is_tight=True)
+    return _swarm(rng, seed, tuple(Kind), is_tight=False)
 
 
-def _swarm(rng: Random, seed: int) -> Schedule:
-    """A bit of everything."""
+def _swarm(rng: Random, seed: int, kinds: tuple[Kind, ...], *, is_tight: bool) -> Schedule:
+    """A bit of everything of these kinds; pools just large enough if ``is_tight``."""
     prefill_count, decode_count = rng.choice((1, 1, 2, 2, 3)), rng.choice((1, 1, 2, 2, 3))
-    enabled = [kind for kind in Kind if rng.random() < 0.2]
+    enabled = [kind for kind in kinds if rng.random() < 0.2]
     span_s = rng.choice((0.3, 0.8, 2.0))
     settings = _settings(rng, has_flips=Kind.KV_FLIP in enabled)
+    if is_tight:
+        settings |= {
+            "decode.kv_blocks": round(_blocks_needed(settings) * rng.choice((1.0, 1.2))),
+            "decode.growth_tokens": 1,
+            "decode.sequences_max": rng.randint(2, 4),
+        }
     names = _names(prefill_count + 1, decode_count + 1)
     pace_s = rng.choice((0.002, 0.005, 0.015))
     return Schedule(
@@ -107,7 +122,7 @@ def _pressed(rng: Random, seed: int) -> Schedule:
     }
     troubles = [
         _handoff_trouble(rng, kind, rng.random() * span_s, workers)
-        for kind in rng.sample(_HANDOFF_KINDS, rng.choice((1, 1, 2)))
+        for kind in rng.sample(_HANDOFF_KINDS, rng.choice((1, 2, 2)))
         for _ in range(rng.randint(1, 4))
     ]
     troubles += [
@@ -136,6 +151,10 @@ def _handoff_trouble(rng: Random, kind: Kind, at_s: float, workers: tuple[str, .
     duration_s = 0.02 + 0.4 * rng.random() ** 2
     if kind in (Kind.STOP_SHORT, Kind.CRASH_PREFILL):
         return Trouble(kind, at_s, (prefill,), duration_s)
+    if kind is Kind.ROUGH and rng.random() < 0.6:  # where an abort may overtake what it ends
+        return Trouble(kind, at_s / 3, (rng.choice(workers), "router"), 2 * duration_s, 1.0)
+    if kind is Kind.DELAY:  # long enough for other troubles to meet what is under way
+        at_s, duration_s = at_s / 3, 3 * duration_s
     pair = (prefill, decode) if rng.random() < 0.7 else (decode, prefill)
     return Trouble(kind, at_s, pair, duration_s, rng.random())
 

@@ -312,9 +312,10 @@ class World:
             self.counts["finished by another router"] += client.was_retried and how == "finished"
             described = self.router.core.request(client.request_id)
             if described is not None:
+                stages = [stage["what"] for stage in described["stages"]]
                 self.counts["resumed"] += described["attempt"] > 0
-                moves = ("decode leg moved" in stage["what"] for stage in described["stages"])
-                self.counts["decode moved"] += any(moves)
+                self.counts["decode moved"] += any("decode leg moved" in what for what in stages)
+                checks.check_progress(client, stages, self.plan.kinds)
 
     def _count_drops(self, dropped: Mapping[str, int]) -> None:
         late = ("late_landed", "landing of no open reservation", "refused_landed")

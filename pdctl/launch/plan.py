@@ -77,7 +77,7 @@ def plan_cluster(
         router=process(ROUTER, ROUTER, 1),
         workers=tuple(workers),
         start_s=start_s,
-        router_stop_s=ROUTER_STOP_S,
+        router_stop_s=config.router.drain_s + ROUTER_STOP_S,
         worker_stop_s=max(config.prefill.drain_s, config.decode.drain_s) + KILL_MARGIN_S,
     )
 

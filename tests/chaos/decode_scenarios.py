@@ -94,21 +94,40 @@ async def stop_short(trial: Trial) -> None:
 
 
 @scenario(
-    "decode-stop-5s",
+    "decode-stop-4s",
+    ids="D4",
+    what="SIGSTOP until just given up, then SIGCONT: its frames come late, on the same link",
+)
+async def stop_until_dead(trial: Trial) -> None:
+    before = await dropped_count(trial)
+    await stop_and_resume(trial, 0.4)
+    trial.note(f"{await dropped_count(trial) - before} stale frames dropped by the router")
+
+
+@scenario(
+    "decode-stop-6s",
     ids="D4 D5 T3",
-    what="SIGSTOP for 5 s: resumed elsewhere, its stale frames dropped",
+    what="SIGSTOP until its link is given up too: resumed elsewhere, back under a new link",
 )
 async def stop_long(trial: Trial) -> None:
-    answers = await trial.begin(MIXED, tokens=20)
+    await stop_and_resume(trial, 3.0)
+
+
+async def stop_and_resume(trial: Trial, longer_s: float) -> None:
+    """Stop a worker until it is taken for dead and a while longer."""
+    answers = await trial.begin(MIXED + LONG, tokens=20)
     name = trial.cluster.victim("decode")
     began_s = await trial.stop(name)
     await trial.detect(name, began_s, SILENCE_S, "SIGSTOP")
-    await pause(2.0)
+    await pause(longer_s)
     trial.wake(name)
     await trial.client.wait(answers)
     trial.measure_stall(answers, STALL_S)
-    dropped = (await trial.cluster.audit()).get("dropped")
-    trial.note(f"dropped so far: {dropped}")
+
+
+async def dropped_count(trial: Trial) -> int:
+    """Messages of workers that the router has refused so far."""
+    return int(sum((await trial.cluster.audit())["dropped"].values()))
 
 
 @scenario("decode-wedged", ids="P6 D4", what="its event loop blocks for 5 s, its RPC threads live")
@@ -117,7 +136,7 @@ async def wedged(trial: Trial) -> None:
     answers = await trial.begin(MIXED, tokens=20)
     await trial.failpoint(name, "decode.before_schedule=1*block(5)")
     await trial.fired((name, "decode.before_schedule"))
-    await trial.detect(name, trial.faulted_s, SILENCE_S, "a wedged loop")
+    await trial.detect(name, trial.fault(), SILENCE_S, "a wedged loop")
     await trial.client.wait(answers)
     trial.measure_stall(answers, STALL_S)
 

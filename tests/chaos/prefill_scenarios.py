@@ -108,7 +108,7 @@ async def wedged(trial: Trial) -> None:
     answers = await trial.begin(PROMPTS + MIXED)
     await trial.failpoint(name, "prefill.before_schedule=1*block(5)")
     await trial.fired((name, "prefill.before_schedule"))
-    await trial.detect(name, trial.faulted_s, SILENCE_S, "a wedged loop")
+    await trial.detect(name, trial.fault(), SILENCE_S, "a wedged loop")
     await trial.client.wait(answers)
     trial.measure_stall(answers)
 

@@ -201,6 +201,15 @@ def test_nobody_waits_for_ever(client: Client) -> None:
     checks.check_ended([client], 10.0, 10.0)
 
 
+def test_a_deadline_may_save_nobody_without_a_fault(client: Client) -> None:
+    fine = ["queued", "attempt 0 dispatched to a and b", "resumed behind token 3: preempted"]
+    checks.check_progress(client, fine, {Kind.FLUSH})
+    stalled = [*fine, "resumed behind token 4: stalled"]
+    checks.check_progress(client, stalled, {Kind.DELAY})
+    with pytest.raises(SimViolation, match="resumed behind token 4: stalled, though"):
+        checks.check_progress(client, stalled, {Kind.FLUSH, Kind.LEAVES})
+
+
 def test_a_probe_must_be_served_whole(client: Client) -> None:
     with pytest.raises(SimViolation, match="no end"):
         checks.check_probe(client)

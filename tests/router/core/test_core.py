@@ -295,6 +295,32 @@ async def test_a_last_token_too_many_still_ends_the_request(fleet_of, monkeypatc
         await fleet.idle()
 
 
+async def test_a_router_that_leaves_lets_its_requests_end(fleet_of, collect_exact, eventually):
+    async with fleet_of("prefill-0", "decode-0") as fleet:
+        fleet["decode-0"].is_held = True
+        generation = fleet.start(PROMPT, 8)
+        journey = fleet.core.table.live[generation.request_id]
+        await eventually(lambda: len(journey.emitted) > 0, "the first token")
+        leaving = asyncio.create_task(fleet.core.drain(30.0))
+        await eventually(lambda: fleet.core.is_ready is not None, "the door shut")
+        with pytest.raises(Unavailable, match="shutting down"):
+            fleet.start(PROMPT)
+        assert not leaving.done()
+        fleet["decode-0"].is_held = False
+        await collect_exact(generation, PROMPT, 8)
+        await asyncio.wait_for(leaving, 5.0)
+
+
+async def test_a_router_that_leaves_waits_no_longer_than_it_was_given(fleet_of):
+    async with fleet_of("prefill-0", "decode-0") as fleet:
+        fleet["decode-0"].script.stalls_at = 3
+        generation = fleet.start(PROMPT, 8)
+        await asyncio.wait_for(fleet.core.drain(0.2), 5.0)
+        assert generation.request_id in fleet.core.table.live
+        generation.abandon()
+        await fleet.idle()
+
+
 async def test_the_queue_is_bounded_and_says_when_to_come_again(fleet_of, eventually):
     router = RouterConfig(queue_max=2, inflight_max=1)
     async with fleet_of("prefill-0", "decode-0", router=router) as fleet:
