@@ -470,7 +470,17 @@ def _dispose(task: asyncio.Task[Any]) -> None:
     if task.done():
         return
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
+    # From the inside out: one that its caller gave up would be unwound by being forgotten.
     coroutine: Any = task.get_coro()
+    waiting: list[Any] = []
+    while hasattr(coroutine, "cr_await"):
+        waiting.append(coroutine)
+        coroutine = coroutine.cr_await
+    for coroutine in reversed(waiting):
+        _close(coroutine)
+
+
+def _close(coroutine: Any) -> None:
     for _ in range(STEPS_TO_DISPOSE_MAX):
         try:
             coroutine.close()

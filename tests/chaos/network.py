@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ SWITCH = f"{PREFIX}switch"
 NIC = "eth0"
 TABLE = ("inet", "chaos")
 CHAIN = (*TABLE, "forward")
+LIVE = ("state", "connected", "exclude", "time-wait")
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "ss": "iproute2", "nft": "nftables"}
 COMMAND_S = 20.0
 START_S = 20.0
@@ -72,16 +74,15 @@ def remove_leftovers() -> None:
     for line in run("ip", "netns", "list").splitlines():
         name = line.split()[0]
         if name.startswith(PREFIX):
-            _remove(name)
+            remove(name)
 
 
-def _remove(namespace: str) -> None:
+def remove(namespace: str) -> None:
+    """End whatever runs in a namespace, and remove it."""
     pids = [int(pid) for pid in run("ip", "netns", "pids", namespace).split()]
     for pid in pids:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     await_true(
         f"the end of all in {namespace}", lambda: not run("ip", "netns", "pids", namespace).split()
     )
@@ -142,13 +143,17 @@ class HostProcess:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
     def stop(self, patience_s: float = PATIENCE_S) -> None:
-        """End it, gently first."""
+        """End it, gently first; the first process of a namespace may be deaf to that."""
         if self.is_running:
-            try:
+            with suppress(subprocess.TimeoutExpired, ProcessLookupError):
                 self.kill(signal.SIGTERM)
                 self._outer.wait(patience_s)
-            except (subprocess.TimeoutExpired, ProcessLookupError):
-                self._outer.kill()
+        self.end()
+
+    def end(self) -> None:
+        """End it at once.  Idempotent."""
+        if self.is_running:
+            self._outer.kill()  # and with it, the program
         self._outer.wait()
 
 
@@ -160,6 +165,7 @@ class Host:
         self.namespace = PREFIX + name
         self.address = f"10.77.{number}.2"
         self.port_device = f"port{number}"  # the switch's end of its cable
+        self.processes: list[HostProcess] = []
         self._gateway = f"10.77.{number}.1"
         run("ip", "netns", "add", self.namespace)
         run("ip", "-n", SWITCH, "link", "add", self.port_device, "type", "veth",
@@ -194,13 +200,14 @@ class Host:
         )
 
     def start(self, command: Sequence[str], log_file: Path) -> HostProcess:
-        """Start a program here."""
-        return HostProcess(self, command, log_file)
+        """Start a program here; it ends with the network at the latest."""
+        process = HostProcess(self, command, log_file)
+        self.processes.append(process)
+        return process
 
     def sockets_to(self, peer: "Host") -> list[str]:
         """List the TCP connections from here to there, as ``ss`` words them."""
-        found = run(*self.enter, "ss", "-Htn", "state", "connected", "dst", peer.address)
-        return found.splitlines()
+        return run(*self.enter, "ss", "-Htn", *LIVE, "dst", peer.address).splitlines()
 
     def ports_to(self, peer: "Host") -> list[tuple[int, int]]:
         """List the ports, here and there, of the TCP connections to a host."""
@@ -213,7 +220,7 @@ class Host:
 
     def kill_sockets_to(self, peer: "Host", *filters: str) -> int:
         """Destroy connections, with a reset to the other side; return how many."""
-        gone = run(*self.enter, "ss", "-KHtn", "state", "connected", "dst", peer.address, *filters)
+        gone = run(*self.enter, "ss", "-KHtn", *LIVE, "dst", peer.address, *filters)
         return len(gone.splitlines())
 
 
@@ -331,6 +338,10 @@ class Network:
 
     def close(self) -> None:
         """Remove every host, and whatever still runs there."""
+        self.heal()
+        for host in self.hosts.values():
+            for process in host.processes:
+                process.end()
         remove_leftovers()
 
     def __getitem__(self, name: str) -> Host:

@@ -342,7 +342,7 @@ async def flapping(trial: Trial) -> None:
 async def hold_bytes_back(trial: Trial) -> list[Rule]:
     """Part P0 and D0 at a moment when P0's kernel holds many bytes that D0 has not got."""
     network = network_of(trial)
-    network.limit(P0, D0, "6mbit")
+    network.limit(P0, D0, "12mbit")
     trial.client.start_all(PROMPTS)
 
     def is_held() -> bool:
@@ -367,9 +367,10 @@ async def reuse_blocks(trial: Trial, rules: Iterable[Rule]) -> None:
         rule.remove()
     prove(trial, rules)
     trial.fault()
-    await trial.client.wait(trial.client.start_all(MEDIUM + LONG[:4]))
-    await trial.client.wait(trial.client.answers)
+    trial.client.start_all(MEDIUM + LONG[:4])
+    await pause(3.0)  # what was held back would arrive in this time
     network_of(trial).heal()
+    await trial.client.wait(trial.client.answers)
     trial.measure_stall(trial.client.answers)
     took_s = await trial.cluster.await_baseline()
     trial.bound("at baseline after the load", took_s, BASELINE_S)

@@ -168,13 +168,14 @@ async def stop_router(trial: Trial, duration_s: float, *, keeps_links: bool = Tr
     await trial.client.wait(answers)
     text = trial.cluster.log_text("router")[size:]
     trial.prove("the router saw that it stood still", "event=router_stood_still" in text)
-    lost = {
-        name: trial.watch.left_ready(name, began_s)
+    lost = sorted(
+        name
         for name in await trial.cluster.workers()
         if "dead" in trial.watch.left_ready(name, began_s)
-    }
+        or f"event=link_lost worker={name} " in text
+    )
     if keeps_links:
         trial.require(f"no worker was taken for dead: {lost}", not lost)
     else:
-        trial.note(f"links made anew: {', '.join(sorted(lost)) or 'none'}")
+        trial.note(f"links made anew: {', '.join(lost) or 'none'}")
     trial.measure_stall(answers, duration_s + 1)

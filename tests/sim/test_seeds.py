@@ -7,11 +7,14 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sim import checks
+from sim.roll import make
+from sim.shrink import shrink
 from sim.soak import Summary, run_many
 from sim.world import run
 
@@ -108,3 +111,16 @@ def test_a_wrong_command_line_is_told(arguments: list[str], told: str) -> None:
     )
     assert done.returncode == 2
     assert told in done.stderr
+
+
+def test_a_failing_schedule_is_told_of_and_shrunk_to_what_fails_by_itself() -> None:
+    plan = make(3)
+    # A pool in which no request of this schedule can ever end.
+    starved = replace(plan, settings={**plan.settings, "decode.kv_blocks": 1})
+    outcome = run(3, starved)
+    assert outcome.violation is not None
+    assert outcome.lines[-1].endswith(outcome.violation)
+    smaller = shrink(starved)
+    assert smaller.troubles == ()
+    assert len(smaller.callers) == 1
+    assert run(3, smaller).violation is not None
