@@ -225,8 +225,10 @@ async def clock_jumps(trial: Trial) -> None:
         )
     await trial.client.wait(answers)
     for name in await cluster.workers():
-        left = trial.watch.left_ready(name, began_s)
-        trial.require(f"{name} never left ready: {left}", not left)
+        left = set(trial.watch.left_ready(name, began_s))
+        trial.require(f"{name} was never given up: {left}", left <= {"suspect"})
+        if left:
+            trial.note(f"{name} was silent for a while")
     trial.measure_stall(answers, 1.5)
 
 

@@ -123,11 +123,13 @@ class Client:
         self.answers: list[Answer] = []
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._salts = 0
+        self.is_closed = False
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(PATIENCE_S, connect=20.0)
         self._http = httpx.AsyncClient(limits=limits, timeout=timeout, verify=False)
 
     async def close(self) -> None:
+        self.is_closed = True
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -266,7 +268,7 @@ class Steady:
         self._tasks = [asyncio.create_task(self._run()) for _ in range(concurrency)]
 
     async def _run(self) -> None:
-        while not self._is_stopping:
+        while not (self._is_stopping or self._client.is_closed):
             ask = self._asks[self._next % len(self._asks)]
             self._next += 1
             answer = self._client.start(ask)

@@ -26,7 +26,8 @@ from tests.chaos.netem import Counts, Line, Side
 
 ROOT = Path(__file__).parent.parent.parent
 PREFIX = "pdchaos-"
-SWITCH = f"{PREFIX}switch"
+OWN = f"{PREFIX}{os.getpid()}-"
+SWITCH = f"{OWN}switch"
 NIC = "eth0"
 TABLE = ("inet", "chaos")
 CHAIN = (*TABLE, "forward")
@@ -46,7 +47,7 @@ def reason_to_skip() -> str | None:
         return f"wanted {', '.join(sorted(missing))}: apt-get install {' '.join(sorted(missing))}"
     if os.geteuid() != 0:
         return "network namespaces need root: run as root (or in a container with NET_ADMIN)"
-    name = f"{PREFIX}probe"
+    name = f"{OWN}probe"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
         return f"no network namespaces here: {made.stderr.strip()}; wanted CAP_SYS_ADMIN"
@@ -70,10 +71,22 @@ def run(*command: str, text: str = "") -> str:
 
 
 def remove_leftovers() -> None:
-    """Remove what a run that was killed may have left: its processes and its namespaces."""
+    """Remove what runs that were killed have left: their processes and their namespaces."""
     for line in run("ip", "netns", "list").splitlines():
         name = line.split()[0]
-        if name.startswith(PREFIX):
+        if name.startswith(PREFIX) and not Path(f"/proc/{_owner(name)}").exists():
+            remove(name)
+
+
+def _owner(namespace: str) -> str:
+    return namespace.removeprefix(PREFIX).partition("-")[0]
+
+
+def remove_own() -> None:
+    """Remove every namespace that this process has made."""
+    for line in run("ip", "netns", "list").splitlines():
+        name = line.split()[0]
+        if name.startswith(OWN):
             remove(name)
 
 
@@ -162,7 +175,7 @@ class Host:
 
     def __init__(self, name: str, number: int) -> None:
         self.name = name
-        self.namespace = PREFIX + name
+        self.namespace = OWN + name
         self.address = f"10.77.{number}.2"
         self.port_device = f"port{number}"  # the switch's end of its cable
         self.processes: list[HostProcess] = []
@@ -327,7 +340,7 @@ class Network:
             for host in self.hosts.values():
                 await_true(f"the carrier of {host.name}", host.has_carrier)
         except BaseException:
-            remove_leftovers()
+            remove_own()
             raise
 
     def __enter__(self) -> "Network":
@@ -342,7 +355,7 @@ class Network:
         for host in self.hosts.values():
             for process in host.processes:
                 process.end()
-        remove_leftovers()
+        remove_own()
 
     def __getitem__(self, name: str) -> Host:
         return self.hosts[name]

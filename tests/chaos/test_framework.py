@@ -1,5 +1,6 @@
 """The chaos framework itself: what it must not take for a success."""
 
+import asyncio
 import re
 import sys
 from dataclasses import replace
@@ -10,7 +11,17 @@ import pytest
 
 from tests.chaos import report
 from tests.chaos.framework import Bound, Outcome, Proof, Scenario, Status, Trial, proven, state_of
-from tests.chaos.load import MIXED, Answer, Ask, End, References, end_faults, take
+from tests.chaos.load import (
+    MIXED,
+    Answer,
+    Ask,
+    Client,
+    End,
+    References,
+    Steady,
+    end_faults,
+    take,
+)
 from tests.chaos.nursery import ROOT
 from tests.chaos.runner import in_order, verdict
 
@@ -140,6 +151,15 @@ def test_an_end_is_allowed_only_where_the_scenario_says_so() -> None:
     any_code.allow(End.REFUSED)
     assert [each.is_allowed(refused) for each in (strict, lenient, any_code)] == [False, True, True]
     assert not lenient.is_allowed(answer([], End.REFUSED, code="unavailable"))
+
+
+async def test_closed_loop_load_ends_with_its_client() -> None:
+    client = Client("http://127.0.0.1:9", "none")
+    await client.close()
+    steady = Steady(client, [ASK], 4)
+    async with asyncio.timeout(5):
+        await asyncio.gather(*steady._tasks)
+    assert steady.answers == []
 
 
 def test_scenarios_of_one_setup_run_together() -> None:

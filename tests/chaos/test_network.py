@@ -39,16 +39,10 @@ for number in range(10**6):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    # Not the runner's names: a run of it on this machine goes on undisturbed.
-    before = network.PREFIX, network.SWITCH
-    network.PREFIX, network.SWITCH = "pdtest-", "pdtest-switch"
-    try:
-        with Network(["a", "b"]) as made:
-            log_file = tmp_path_factory.mktemp("echo") / "log"
-            made["b"].start(["python3", "-I", "-c", ECHO], log_file)
-            yield made
-    finally:
-        network.PREFIX, network.SWITCH = before
+    with Network(["a", "b"]) as made:
+        log_file = tmp_path_factory.mktemp("echo") / "log"
+        made["b"].start(["python3", "-I", "-c", ECHO], log_file)
+        yield made
 
 
 class Asker:
@@ -135,12 +129,14 @@ def test_hosts_see_nothing_of_each_other_but_the_network(two: Network, asker: As
     assert asker.process.state() in "SR"
 
 
-def test_leftovers_of_a_killed_run_are_removed(asker: Asker) -> None:
-    spare = f"{network.PREFIX}spare"
+def test_only_leftovers_of_dead_runs_are_removed(asker: Asker) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    spare = f"{network.PREFIX}{dead.pid}-spare"
     network.run("ip", "netns", "add", spare)
     left = subprocess.Popen(["ip", "netns", "exec", spare, "sleep", "1000"])
     await_true("it runs there", lambda: bool(network.run("ip", "netns", "pids", spare).split()))
-    network.remove(spare)
+    network.remove_leftovers()
     assert left.wait(10) == -9
     assert spare not in network.run("ip", "netns", "list")
-    assert asker.process.is_running
+    asker.await_more()
