@@ -152,7 +152,7 @@ def test_twenty_streams_on_eight_slots(small: Any, wanted: list[int]) -> None:
 
 def test_a_finish_lets_streams_run_out(small: Any, wanted: list[int]) -> None:
     streams = [Stream(small, PROMPT, 300) for _ in range(10)]
-    small.await_true("they run", lambda: any(each.token_ids for each in streams))
+    small.await_true("all are in", lambda: len(small.requests()) == 10)
     done = small.pdctl("pause", "--mode", "finish", "-o", "json")
     document = json.loads(done.stdout)
     assert (document["kind"], document["paused"], document["mode"]) == (
@@ -170,6 +170,7 @@ def test_a_finish_lets_streams_run_out(small: Any, wanted: list[int]) -> None:
 
 def test_kept_streams_go_on_exactly_where_they_stood(small: Any, wanted: list[int]) -> None:
     streams = [Stream(small, PROMPT, 600) for _ in range(SLOTS + 2)]
+    small.await_true("all are in", lambda: len(small.requests()) == SLOTS + 2)
     await_tokens(small, streams[:1], 5)
     assert post(small, "/v1/pause", mode="keep").json()["paused"]
     state = is_paused(small)
