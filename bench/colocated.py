@@ -19,6 +19,7 @@ from bench.turns import Seat, Turns
 from decode.worker import DecodeWorker
 from engine.device.executor import TorchExecutor
 from engine.device.loading import load_executor
+from engine.device.resources import Resources
 from engine.executor import Executor, ModelInfo, OnLayer
 from engine.step import StepPlan, StepResult
 from kvtransfer.transport.memory import MemoryHub, MemoryTransport
@@ -120,18 +121,10 @@ def seats(config: ClusterConfig) -> tuple[Turns, Seat, Seat]:
     """Load the model once, with a pool for each role, and let the two take turns."""
 
     def load(own: PrefillConfig | DecodeConfig) -> TorchExecutor:
-        return load_executor(
-            config.model,
-            block_tokens=config.kv.block_tokens,
-            kv_blocks=own.kv_blocks,
-            kv_bytes=own.kv_bytes,
-            sequences_max=own.sequences_max,
-            threads=own.threads,
-            step_depth=own.step_depth,
-        )
+        return load_executor(config.model, Resources.of(own, config.kv))
 
     prefill, decode = load(config.prefill), load(config.decode)
-    decode._decoder = prefill._decoder  # noqa: SLF001 - one worker has one copy of the weights
+    decode._model = prefill._model  # noqa: SLF001 - one worker has one copy of the weights
     threads = config.prefill.threads
     turns = Turns(lambda: _compute(threads))
     return (

@@ -50,7 +50,7 @@ class Pool:
     def __init__(self) -> None:
         self.buffer = bytearray(os.urandom(1 << 16) * (LAYOUT.pool_bytes(POOL_BLOCKS) >> 16))
         view = (ctypes.c_char * len(self.buffer)).from_buffer(self.buffer)
-        self.memory = KvMemory(ctypes.addressof(view), POOL_BLOCKS, LAYOUT)
+        self.memory = KvMemory.whole(ctypes.addressof(view), POOL_BLOCKS, LAYOUT)
 
 
 def block_lists(pattern: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

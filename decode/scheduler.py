@@ -243,7 +243,8 @@ class DecodeScheduler:
             elif fault is not None:
                 effects += self._end(sequence, Event.FAILED, EndKind.FAILED, fault, now_s)
             else:
-                effects.append(self._append(sequence, result.tokens[sequence.key], now_s))
+                (sampled,) = result.tokens[sequence.key]
+                effects.append(self._append(sequence, sampled, now_s))
         return tuple(effects)
 
     def fail_step(self, step: int, message: str, now_s: float) -> tuple[Effect, ...]:

@@ -8,8 +8,9 @@ from typing import Protocol
 from engine.step import StepPlan, StepResult
 from pdserve.layout import KvMemory
 
-OnLayer = Callable[[int, int], None]
-"""Called with (step, layer) once that layer's KV of the whole step is written and visible."""
+OnLayer = Callable[[int, int, int], None]
+"""Called with (step, layer, shard) once that layer's KV of the whole step is written and visible
+in that shard of the pool; layers are the model's."""
 
 
 @dataclass(frozen=True, slots=True)

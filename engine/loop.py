@@ -69,7 +69,7 @@ class StepLoop(Generic[Effect]):
         apply: Callable[[tuple[Effect, ...]], None],
         beat: Callable[[], None],
         beat_interval_s: float,
-        on_layer: Callable[[StepPlan, int], None] | None = None,
+        on_layer: Callable[[StepPlan, int, int], None] | None = None,
         pace: Pace | None = None,
     ) -> None:
         self._scheduler = scheduler
@@ -82,7 +82,7 @@ class StepLoop(Generic[Effect]):
         self._on_layer = on_layer
         self._pace = pace
         self._plans: dict[int, tuple[StepPlan, float]] = {}
-        self._layers: deque[tuple[int, int]] = deque()
+        self._layers: deque[tuple[int, int, int]] = deque()
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -176,8 +176,8 @@ class StepLoop(Generic[Effect]):
         self._settled.clear()
         self.step_count += 1
 
-        def on_layer(step: int, layer: int) -> None:
-            self._layers.append((step, layer))
+        def on_layer(step: int, layer: int, shard: int) -> None:
+            self._layers.append((step, layer, shard))
             loop.call_soon_threadsafe(self._guarded, self._drain_layers)
 
         def on_done(future: Future[StepResult]) -> None:
@@ -189,8 +189,8 @@ class StepLoop(Generic[Effect]):
     def _drain_layers(self) -> None:
         assert self._on_layer is not None
         while self._layers:
-            step, layer = self._layers.popleft()
-            self._on_layer(self._plans[step][0], layer)
+            step, layer, shard = self._layers.popleft()
+            self._on_layer(self._plans[step][0], layer, shard)
 
     def _settle(self, plan: StepPlan, future: Future[StepResult]) -> None:
         del self._plans[plan.step]

@@ -31,6 +31,8 @@ class Chunk:
     ``tokens`` are their ids, or empty when the one token is the slot's latest sampled one,
     which an earlier, possibly unsettled, step leaves on the device.
     ``blocks`` cover ``[0, stop)`` in sequence order.
+    The last ``draft_count`` tokens are guesses: the step samples after the token before them
+    and after each guess that was right, so it brings 1 to ``draft_count + 1`` tokens.
     """
 
     key: Key
@@ -40,6 +42,7 @@ class Chunk:
     tokens: tuple[int, ...]
     blocks: tuple[int, ...]
     samples: bool
+    draft_count: int = 0
 
     @property
     def token_count(self) -> int:
@@ -75,11 +78,14 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step produced: a token or a fault for each chunk that samples.
+    """What a step produced: tokens or a fault for each chunk that samples.
 
+    ``tokens`` are one per chunk, and one more for each guess that was right, in order.
+    ``drafts`` are guesses at what comes after them, for the next chunk of the sequence.
     ``faults`` are per-request failures (V11): the rest of the batch is good.
     """
 
     step: int
-    tokens: Mapping[Key, SampledToken] = field(default_factory=dict)
+    tokens: Mapping[Key, tuple[SampledToken, ...]] = field(default_factory=dict)
     faults: Mapping[Key, str] = field(default_factory=dict)
+    drafts: Mapping[Key, tuple[int, ...]] = field(default_factory=dict)

@@ -15,6 +15,8 @@ from typing import Any, get_type_hints
 
 from pdserve.errors import InvalidConfig
 
+_CORES_MAX = 4096
+
 
 def setting(
     default: Any,
@@ -43,6 +45,19 @@ class ModelConfig:
         "Arithmetic and weights; auto is float32 on the CPU",
         choices=("auto", "float32", "bfloat16"),
     )
+    weights: str = setting(
+        "auto",
+        "What the linear layers' weights are kept as; auto is dtype",
+        choices=("auto", "int8"),
+    )
+    device: str = setting(
+        "auto", "auto takes CUDA where there is a GPU", choices=("auto", "cpu", "cuda")
+    )
+    backend: str = setting(
+        "auto",
+        "Kernels on the CPU; auto takes the native ones where a C compiler is at hand",
+        choices=("auto", "torch", "native"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +67,25 @@ class KvConfig:
     block_tokens: int = setting(16, "Tokens of one block", unit="tokens", low=1, high=1024)
     checksum: bool = setting(False, "Checksum every hand-off's bytes on both sides")
     prefix_cache: bool = setting(True, "Keep computed blocks for requests with the same prefix")
+
+
+def core_list(text: str, name: str) -> tuple[int, ...]:
+    """Read cores written as ``0,2-3``.
+
+    Raises:
+        InvalidConfig: naming the setting ``name``.
+
+    """
+    cores: list[int] = []
+    for part in filter(None, text.split(",")):
+        low, dash, high = part.partition("-")
+        first, last = low.strip(), high.strip() if dash else low.strip()
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < _CORES_MAX):
+            raise InvalidConfig(f"{name} is {text!r}; wanted cores like 0,2-3", param=name)
+        cores += range(int(first), int(last) + 1)
+    if len(set(cores)) != len(cores):
+        raise InvalidConfig(f"{name} is {text!r}; wanted each core once", param=name)
+    return tuple(cores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +114,15 @@ class PrefillConfig:
     drain_s: float = setting(
         5.0, "After SIGTERM, time for requests to end here", unit="s", low=0, high=3600
     )
-    threads: int = setting(1, "Compute threads", low=1, high=1024)
+    threads: int = setting(1, "Compute threads of one rank", low=1, high=1024)
+    cpus: str = setting(
+        "", "Cores this role's workers are pinned to, shared out among them, as 0,2-3; empty: none"
+    )
+    tp: int = setting(1, "Tensor parallel ranks", low=1, high=64)
+    pp: int = setting(1, "Pipeline stages", low=1, high=64)
+
+    def __post_init__(self) -> None:
+        core_list(self.cpus, "prefill.cpus")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +149,31 @@ class DecodeConfig:
     drain_s: float = setting(
         5.0, "After SIGTERM, time for requests to end here", unit="s", low=0, high=3600
     )
-    threads: int = setting(1, "Compute threads", low=1, high=1024)
+    threads: int = setting(1, "Compute threads of one rank", low=1, high=1024)
+    cpus: str = setting(
+        "", "Cores this role's workers are pinned to, shared out among them, as 0,2-3; empty: none"
+    )
+    tp: int = setting(1, "Tensor parallel ranks", low=1, high=64)
+    pp: int = setting(1, "Pipeline stages", low=1, high=64)
+
+    def __post_init__(self) -> None:
+        core_list(self.cpus, "decode.cpus")
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """Guessing several tokens and checking them in one step, on decode workers."""
+
+    proposer: str = setting(
+        "naive",
+        "Who guesses: naive nobody, ngram and suffix the text so far, draft a smaller model",
+        choices=("naive", "ngram", "suffix", "draft"),
+    )
+    draft_tokens: int = setting(4, "Guesses per step", unit="tokens", low=1, high=32)
+    draft_path: str = setting("", "Model folder of the draft model")
+    match_tokens_max: int = setting(
+        4, "Longest match that ngram looks for first", unit="tokens", low=1, high=64
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +303,7 @@ class ClusterConfig:
     kv: KvConfig = KvConfig()
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     router: RouterConfig = RouterConfig()
     transfer: TransferConfig = TransferConfig()
     heartbeat: HeartbeatConfig = HeartbeatConfig()

@@ -62,18 +62,45 @@ class KvLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class KvMemory:
-    """A KV pool as the transfer layer sees it: where it is, not what is in it.
+class KvShard:
+    """One rank's part of a pool, with a memory of its own.
 
-    The owner of the memory keeps it alive and in place for as long as the transfer layer
-    that was given this runs.
+    It is ``[layer][block][K,V][block_tokens][kv_head][head_dim]`` like a whole pool, of its own
+    layers and heads only; block ids are those of the whole.  Several ranks may hold copies of
+    one head.  ``layers`` and ``heads`` are ranges of the model's, of step 1.
     """
 
     address: int
+    layers: range
+    heads: range
+
+
+@dataclass(frozen=True, slots=True)
+class KvMemory:
+    """A KV pool as the transfer layer sees it: where it is, not what is in it.
+
+    ``layout`` is that of the whole model; every (layer, head) is in at least one shard.  The
+    owner of the memory keeps it alive and in place for as long as the transfer layer that was
+    given this runs.
+    """
+
     block_count: int
     layout: KvLayout
+    shards: tuple[KvShard, ...]
+
+    @classmethod
+    def whole(cls, address: int, block_count: int, layout: KvLayout) -> "KvMemory":
+        """Describe a pool in one piece."""
+        shard = KvShard(address, range(layout.layer_count), range(layout.kv_head_count))
+        return cls(block_count, layout, (shard,))
+
+    @property
+    def address(self) -> int:
+        """Where a pool in one piece starts."""
+        assert len(self.shards) == 1, f"a pool of {len(self.shards)} shards"
+        return self.shards[0].address
 
     @property
     def size_bytes(self) -> int:
-        """Size of the whole pool."""
+        """Size of a pool in one piece."""
         return self.layout.pool_bytes(self.block_count)

@@ -5,6 +5,7 @@ import logging
 import sys
 
 from engine.device.loading import load_executor
+from engine.device.resources import Resources
 from kvtransfer.transport import make_transport
 from pdserve.edge.history import HistoryFile
 from pdserve.edge.hosting import host
@@ -20,15 +21,7 @@ def main() -> int:
     log_to_stderr(arguments.name)
     own = config.prefill
     try:
-        executor = load_executor(
-            config.model,
-            block_tokens=config.kv.block_tokens,
-            kv_blocks=own.kv_blocks,
-            kv_bytes=own.kv_bytes,
-            sequences_max=own.sequences_max,
-            threads=own.threads,
-            step_depth=own.step_depth,
-        )
+        executor = load_executor(config.model, Resources.of(own, config.kv), config.speculation)
     except PdserveError as error:
         logging.getLogger(__name__).error("%s", error)
         return 1

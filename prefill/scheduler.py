@@ -220,7 +220,7 @@ class PrefillScheduler:
                 sequence.computed_count = stop
                 self._cache.publish_chain(sequence.chain, sequence.tokens, sequence.blocks, stop)
                 if stop == len(sequence.tokens):
-                    effects += self._first_token(sequence, result.tokens[sequence.key])
+                    effects += self._first_token(sequence, result.tokens[sequence.key][0])
         return tuple(effects)
 
     def fail_step(self, step: int, message: str, now_s: float) -> tuple[Effect, ...]:

@@ -206,7 +206,8 @@ class PrefillWorker:
 
     # What the loop brings.
 
-    def _layer_done(self, plan: StepPlan, layer: int) -> None:
+    def _layer_done(self, plan: StepPlan, layer: int, shard: int) -> None:
+        assert shard == 0, f"shard {shard} of a pool of one"
         for chunk in plan.chunks:
             self._sender.layer_done(chunk.key, layer, chunk.stop)
 

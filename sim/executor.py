@@ -61,7 +61,9 @@ class _Run:
     on_layer: OnLayer | None
     dies_before_layer: int | None = None
     is_dead: bool = False
-    tokens: dict[Key, SampledToken] = field(default_factory=dict[Key, SampledToken])
+    tokens: dict[Key, tuple[SampledToken, ...]] = field(
+        default_factory=dict[Key, tuple[SampledToken, ...]]
+    )
     faults: dict[Key, str] = field(default_factory=dict[Key, str])
 
 
@@ -82,7 +84,7 @@ class SimExecutor:
         # Two float32 "heads" make one word of eight bytes for each token and layer.
         layout = KvLayout(oracle.layer_count, block_tokens, 1, 1, "float32")
         self._words = array(WORD, [0]) * (oracle.layer_count * block_count * block_tokens)
-        self.memory = KvMemory(self._words.buffer_info()[0], block_count, layout)
+        self.memory = KvMemory.whole(self._words.buffer_info()[0], block_count, layout)
         self.model = ModelInfo(
             "oracle", "oracle-1", oracle.vocab_size, oracle.context_tokens_max, "oracle", "float32"
         )
@@ -160,7 +162,7 @@ class SimExecutor:
             self._die(run)
             return
         if run.on_layer is not None:
-            run.on_layer(run.plan.step, layer)
+            run.on_layer(run.plan.step, layer, 0)
 
     def _die(self, run: _Run) -> None:
         run.is_dead = True
@@ -203,7 +205,7 @@ class SimExecutor:
                     token = self._next_token(chunk)
                 except SimViolation as violation:
                     self._on_violation(violation)
-            run.tokens[chunk.key] = SampledToken(token)
+            run.tokens[chunk.key] = (SampledToken(token),)
 
     def _next_token(self, chunk: Chunk) -> int:
         slot = self._slots[chunk.slot]

@@ -62,11 +62,11 @@ class PaperDevice:
         """Compute one step; raises ``Misread`` where the memory is not what it must be."""
         for binding in plan.bindings:
             self.slots[binding.slot] = _Slot(binding.request, list(binding.output))
-        sampled: dict[Key, SampledToken] = {}
+        sampled: dict[Key, tuple[SampledToken, ...]] = {}
         for chunk in plan.chunks:
             token = self._compute(chunk)
             if token is not None:
-                sampled[chunk.key] = SampledToken(token)
+                sampled[chunk.key] = (SampledToken(token),)
         return StepResult(plan.step, sampled)
 
     def write(self, blocks: Sequence[int], tokens: Sequence[int], start: int, stop: int) -> None:

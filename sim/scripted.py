@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from decode.worker import DecodeWorker
 from engine.device.loading import load_executor
+from engine.device.resources import Resources
 from engine.executor import Executor, ModelInfo, OnLayer
 from engine.step import StepPlan, StepResult
 from kvtransfer.transport.memory import MemoryHub, MemoryTransport
@@ -216,15 +217,7 @@ class ScriptedWorker:
         self._history = HistoryFile(config.history, name, incarnation)
         self.pace = Pace()
         self.executor = HeldExecutor(
-            load_executor(
-                config.model,
-                block_tokens=config.kv.block_tokens,
-                kv_blocks=own.kv_blocks,
-                kv_bytes=own.kv_bytes,
-                sequences_max=own.sequences_max,
-                threads=1,
-                step_depth=own.step_depth,
-            )
+            load_executor(config.model, Resources.of(own, config.kv), config.speculation)
         )
         self._server = GRPC.server()
         port = self._server.add_insecure_port("127.0.0.1:0")

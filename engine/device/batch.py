@@ -17,7 +17,7 @@ class Row:
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]  # cover the tokens, in sequence order
-    samples: bool
+    logit_count: int  # of its last tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class Batch:
 
     store: block and offset of each token, [token_count] each.
     groups: per distinct attention window; together they cover the real rows in order.
-    wanted: batch rows whose logits are asked for; ``sampled`` names their sequences.
+    wanted: batch rows whose logits are asked for; ``sampled`` names the row of each, and rows of
+    one sequence are neighbours, in order.
     wants_all: those are all rows, in order.
     """
 
@@ -74,9 +75,11 @@ def build_batch(
         tokens += row.tokens[span.start - row.start : span.stop - row.start]
         positions += range(span.start, span.stop)
         places += [span.blocks[at // block_tokens] for at in range(span.start, span.stop)]
-        if row.samples and span.stop == row.start + len(row.tokens):
-            wanted.append(len(tokens) - 1)
-            sampled.append(owners[index])
+        stop = row.start + len(row.tokens)
+        count = span.stop - max(span.start, stop - row.logit_count)
+        if count > 0:
+            wanted += range(len(tokens) - count, len(tokens))
+            sampled += [owners[index]] * count
     padding = max(0, ROWS_MIN - len(tokens))
     for column in (tokens, positions, places):  # an equal row writes equal values, same place
         column += column[-1:] * padding

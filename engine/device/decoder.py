@@ -79,6 +79,13 @@ class Decoder:
             windows=self._windows,
         )
 
+    def forward(
+        self, rows: list[Row], pool: KvPool, on_layer: Callable[[int], None]
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """Lay out one step and compute it; see ``Model``."""
+        batch = self.batch(rows)
+        return self(batch, pool, on_layer), batch.sampled
+
     def __call__(self, batch: Batch, pool: KvPool, on_layer: Callable[[int], None]) -> Tensor:
         """Compute one step and write its keys and values.
 

@@ -3,25 +3,19 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from engine.device.batch import Row
-from engine.device.decoder import Decoder
+from engine.device.model import Model
 from engine.device.pool import KvPool
-from engine.device.sampler import sample
-from engine.device.slots import Slot
+from engine.device.runner import Runner
 from engine.executor import ModelInfo, OnLayer
-from engine.step import Chunk, SampledToken, StepPlan, StepResult
+from engine.step import StepPlan, StepResult
 from pdserve.errors import LocalProtocolError
 from pdserve.layout import KvMemory
-
-if TYPE_CHECKING:
-    from pdserve.request import Key
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,7 +25,7 @@ class LoadedModel:
     """A model that can take the place of another."""
 
     info: ModelInfo
-    decoder: Decoder
+    model: Model
 
 
 Load = Callable[[str], LoadedModel]
@@ -47,8 +41,8 @@ class TorchExecutor:
 
     def __init__(
         self,
-        model: ModelInfo,
-        decoder: Decoder,
+        info: ModelInfo,
+        model: Model,
         pool: KvPool,
         *,
         sequences_max: int,
@@ -56,12 +50,12 @@ class TorchExecutor:
         step_depth: int,
         load: Load | None = None,
     ) -> None:
-        """Take decoder and pool over, and start the thread; without ``load`` weights stay."""
+        """Take model and pool over, and start the thread; without ``load`` weights stay."""
+        self._info = info
         self._model = model
-        self._decoder = decoder
         self._pool: KvPool | None = pool
         self._memory = pool.memory
-        self._slots: list[Slot | None] = [None] * sequences_max
+        self._runner = Runner(sequences_max, info.vocab_size)
         self._threads = threads
         self._step_depth = step_depth
         self._load = load
@@ -74,12 +68,12 @@ class TorchExecutor:
         self._thread.start()
 
     def __repr__(self) -> str:
-        return f"<TorchExecutor {self._model.name} {self._unfinished_count} steps unfinished>"
+        return f"<TorchExecutor {self._info.name} {self._unfinished_count} steps unfinished>"
 
     @property
     def model(self) -> ModelInfo:
         """The loaded model."""
-        return self._model
+        return self._info
 
     @property
     def memory(self) -> KvMemory:
@@ -136,9 +130,9 @@ class TorchExecutor:
             if self._unfinished_count:
                 raise LocalProtocolError(f"{self._unfinished_count} steps are unfinished")
             # The executor's thread waits for a step: it holds nothing of the old model.
-            self._model, self._decoder = self._prepared.info, self._prepared.decoder
+            self._info, self._model = self._prepared.info, self._prepared.model
             self._prepared = None
-            self._slots = [None] * len(self._slots)
+            self._runner.unbind()
 
     def discard_weights(self) -> None:
         """Forget what was prepared.  Idempotent."""
@@ -187,47 +181,9 @@ class TorchExecutor:
 
     def _run(self, plan: StepPlan, on_layer: OnLayer | None) -> StepResult:
         assert self._pool is not None
-        for binding in plan.bindings:
-            self._slots[binding.slot] = Slot(binding, self._model.vocab_size)
-        if not plan.chunks:
-            return StepResult(plan.step)
-        batch = self._decoder.batch([self._row(chunk) for chunk in plan.chunks])
 
         def layer_written(layer: int) -> None:
             if on_layer is not None:
-                on_layer(plan.step, layer)
+                on_layer(plan.step, layer, 0)
 
-        logits = self._decoder(batch, self._pool, layer_written)
-        chunks = [plan.chunks[index] for index in batch.sampled]
-        return _result(plan.step, chunks, sample(logits.numpy(), [self._slot(c) for c in chunks]))
-
-    def _slot(self, chunk: Chunk) -> Slot:
-        slot = self._slots[chunk.slot]
-        assert slot is not None, f"slot {chunk.slot} is not bound"
-        assert slot.key == chunk.key, f"slot {chunk.slot} is bound to {slot.key}, not {chunk.key}"
-        return slot
-
-    def _row(self, chunk: Chunk) -> Row:
-        """Turn a chunk into tokens; one that is outside the vocabulary faults only its request."""
-        slot = self._slot(chunk)
-        block_count = self._memory.block_count
-        assert 0 <= chunk.start < chunk.stop, f"empty chunk {chunk}"
-        assert all(0 <= block < block_count for block in chunk.blocks), f"no such block: {chunk}"
-        tokens = chunk.tokens or (slot.last_token,)
-        assert len(tokens) == chunk.token_count, f"{len(tokens)} tokens for {chunk}"
-        if slot.fault is not None:
-            tokens = (0,) * len(tokens)
-        return Row(tokens, chunk.start, chunk.blocks, chunk.samples)
-
-
-def _result(
-    step: int, chunks: Sequence[Chunk], outcomes: Sequence[SampledToken | str]
-) -> StepResult:
-    tokens: dict[Key, SampledToken] = {}
-    faults: dict[Key, str] = {}
-    for chunk, outcome in zip(chunks, outcomes, strict=True):
-        if isinstance(outcome, str):
-            faults[chunk.key] = outcome
-        else:
-            tokens[chunk.key] = outcome
-    return StepResult(step, tokens, faults)
+        return self._runner.run(plan, self._model, self._pool, layer_written)

@@ -6,18 +6,20 @@ from pathlib import Path
 
 import torch
 
-from engine.device.decoder import Decoder
+from engine.device.backends import make_model
 from engine.device.executor import LoadedModel, TorchExecutor
 from engine.device.folder import LoadedFolder, load_folder
 from engine.device.pool import KvPool
+from engine.device.resources import Resources
 from engine.executor import ModelInfo
-from pdserve.config import ModelConfig
+from pdserve.config import ModelConfig, SpeculationConfig
 from pdserve.errors import InvalidConfig, InvalidModel
 from pdserve.layout import KvLayout
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEMO_NAME = "demo"
+NOBODY_GUESSES = SpeculationConfig()
 # Fields of ModelSpec that config.json calls otherwise; of a compound one, its first name.
 _CONFIG_NAMES = {
     "architecture": "model_type",
@@ -60,8 +62,8 @@ class _Replacements:
         with torch.inference_mode():
             folder = load_folder(Path(path), self.dtype, self.threads)
             self._compare(Path(path), folder)
-            decoder = Decoder(folder.spec, folder.weights, self.block_tokens)
-        return LoadedModel(_info(self.config, path, folder, self.dtype), decoder)
+            model = make_model(self.config, folder.spec, folder.weights, self.block_tokens)
+        return LoadedModel(_info(self.config, path, folder, self.dtype), model)
 
     def _compare(self, path: Path, folder: LoadedFolder) -> None:
         for field in fields(folder.spec):
@@ -89,25 +91,17 @@ class _Replacements:
 
 
 def load_executor(
-    config: ModelConfig,
-    *,
-    block_tokens: int,
-    kv_blocks: int,
-    kv_bytes: int,
-    sequences_max: int,
-    threads: int,
-    step_depth: int,
+    config: ModelConfig, resources: Resources, speculation: SpeculationConfig = NOBODY_GUESSES
 ) -> TorchExecutor:
     """Load the model and its KV pool, and start the executor's thread.
-
-    ``kv_blocks`` 0 fits as many blocks as ``kv_bytes`` holds.  Sampling slots are
-    ``0..sequences_max - 1``; at most ``step_depth`` steps may be unfinished.
 
     Raises:
         InvalidModel: the folder is damaged or not supported.
         InvalidConfig: the pool would hold no block, or cannot be allocated.
 
     """
+    del speculation
+    block_tokens, threads = resources.block_tokens, resources.threads
     torch.set_num_threads(threads)
     path = Path(config.path) if config.path else DEMO_FOLDER
     dtype = _DTYPES[config.dtype]
@@ -121,32 +115,32 @@ def load_executor(
             head_dim=spec.head_dim,
             dtype=str(dtype).removeprefix("torch."),
         )
-        block_count = kv_blocks or kv_bytes // layout.block_bytes
+        block_count = resources.kv_blocks or resources.kv_bytes // layout.block_bytes
         if block_count < 1:
             raise InvalidConfig(
-                f"kv_bytes is {kv_bytes}; wanted at least {layout.block_bytes}, one block of "
-                f"{block_tokens} tokens of this model",
+                f"kv_bytes is {resources.kv_bytes}; wanted at least {layout.block_bytes}, one "
+                f"block of {block_tokens} tokens of this model",
                 param="kv_bytes",
             )
         try:
             pool = KvPool(layout, block_count)
         except RuntimeError as error:
-            name = "kv_blocks" if kv_blocks else "kv_bytes"
+            name = "kv_blocks" if resources.kv_blocks else "kv_bytes"
             raise InvalidConfig(
                 f"{name}: a KV pool of {layout.pool_bytes(block_count)} bytes: {error}",
                 param=name,
             ) from None
-        decoder = Decoder(spec, folder.weights, block_tokens)
+        model = make_model(config, spec, folder.weights, block_tokens)
     replacements = _Replacements(
         config, folder, _tokenizer_digest(path), dtype, block_tokens, threads
     )
     return TorchExecutor(
         _info(config, config.path, folder, dtype),
-        decoder,
+        model,
         pool,
-        sequences_max=sequences_max,
+        sequences_max=resources.sequences_max,
         threads=threads,
-        step_depth=step_depth,
+        step_depth=resources.steps_in_flight_max,
         load=replacements.load,
     )
 

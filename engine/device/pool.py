@@ -35,4 +35,4 @@ class KvPool:
     @property
     def memory(self) -> KvMemory:
         """Where the pool is, for the transfer layer."""
-        return KvMemory(self._blocks.data_ptr(), self.block_count, self.layout)
+        return KvMemory.whole(self._blocks.data_ptr(), self.block_count, self.layout)

@@ -15,7 +15,7 @@ from pdserve.layout import KvLayout, KvMemory
 PATIENCE_S = 20.0
 DEPTH = 4
 MODEL = ModelInfo("tiny", "0", 8, 8, "llama", "float32")
-MEMORY = KvMemory(4096, 1, KvLayout(1, 1, 1, 2, "float32"))
+MEMORY = KvMemory.whole(4096, 1, KvLayout(1, 1, 1, 2, "float32"))
 
 
 class Floor:
@@ -52,7 +52,7 @@ class TinyDevice:
         assert floor.gate.wait(PATIENCE_S)
         floor.ran.append(f"{self.name}{plan.step}")
         if on_layer is not None:
-            on_layer(plan.step, 0)
+            on_layer(plan.step, 0, 0)
         floor.running_count -= 1
         if plan.step == 13:
             raise ValueError("unlucky")

@@ -73,7 +73,7 @@ class Worker:
         return plan
 
     def settle(self, plan: StepPlan, token: int = 9) -> tuple[Effect, ...]:
-        tokens = {chunk.key: SampledToken(token) for chunk in plan.chunks}
+        tokens = {chunk.key: (SampledToken(token),) for chunk in plan.chunks}
         effects = self.scheduler.settle(StepResult(plan.step, tokens), 0.0)
         self.scheduler.check()
         return effects
@@ -317,7 +317,7 @@ def test_a_fault_ends_its_request_and_no_other() -> None:
     worker.run(B, (4, 5, 6))
     plan = worker.plan()
     effects = worker.scheduler.settle(
-        StepResult(plan.step, {B: SampledToken(9)}, {A: "not a number"}), 0.0
+        StepResult(plan.step, {B: (SampledToken(9),)}, {A: "not a number"}), 0.0
     )
     assert effects == (
         Ended(A, 0, EndKind.FAILED, "not a number"),

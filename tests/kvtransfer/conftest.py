@@ -39,7 +39,7 @@ class Pool:
         if fill:
             pattern = bytes((fill + i * 7 + i // 251) % 255 + 1 for i in range(size))
             ctypes.memmove(self.bytes, pattern, size)
-        self.memory = KvMemory(ctypes.addressof(self.bytes), block_count, layout)
+        self.memory = KvMemory.whole(ctypes.addressof(self.bytes), block_count, layout)
 
     def pieces(self, blocks: tuple[int, ...]) -> list[bytes]:
         """The content of blocks: layer by layer."""

@@ -40,7 +40,7 @@ def planned(scheduler: PrefillScheduler) -> StepPlan:
 
 
 def settle(scheduler: PrefillScheduler, plan: StepPlan) -> None:
-    tokens = {chunk.key: SampledToken(9) for chunk in plan.chunks if chunk.samples}
+    tokens = {chunk.key: (SampledToken(9),) for chunk in plan.chunks if chunk.samples}
     scheduler.settle(StepResult(plan.step, tokens), 0.0)
     scheduler.check()
 

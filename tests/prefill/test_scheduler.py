@@ -73,7 +73,7 @@ class Worker:
         return plan
 
     def settle(self, plan: StepPlan, token: int = 9) -> tuple[Effect, ...]:
-        tokens = {chunk.key: SampledToken(token) for chunk in plan.chunks if chunk.samples}
+        tokens = {chunk.key: (SampledToken(token),) for chunk in plan.chunks if chunk.samples}
         effects = self.scheduler.settle(StepResult(plan.step, tokens), 0.0)
         self.scheduler.check()
         return effects
@@ -304,7 +304,7 @@ def test_a_fault_ends_its_request_and_a_dead_step_all_of_its_requests() -> None:
     worker.start(C, (3, 4))
     plan = worker.plan()
     effects = worker.scheduler.settle(
-        StepResult(plan.step, {key: SampledToken(9) for key in (B, C)}, {A: "not a number"}), 0.0
+        StepResult(plan.step, {key: (SampledToken(9),) for key in (B, C)}, {A: "not a number"}), 0.0
     )
     assert effects[:2] == (Ended(A, EndKind.FAILED, "not a number"), CancelHandoff(A))
     assert [type(each) for each in effects[2:]] == [EmitToken, CompleteHandoff] * 2

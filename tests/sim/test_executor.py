@@ -51,7 +51,7 @@ class Device:
             return [
                 result
                 if isinstance(result, Exception)
-                else {key: sampled.token for key, sampled in result.tokens.items()}
+                else {key: sampled.token for key, (sampled,) in result.tokens.items()}
                 for result in results
                 if not isinstance(result, BaseException) or isinstance(result, Exception)
             ]
@@ -78,7 +78,7 @@ def test_a_prompt_and_its_continuation_are_the_reference_however_it_is_cut() -> 
     results = device.run(*plans)
     assert results == [{}, *({KEY: token} for token in device.wanted)]
     assert device.found == []
-    assert device.signals == [(step, layer) for step in range(5) for layer in range(2)]
+    assert device.signals == [(step, layer, 0) for step in range(5) for layer in range(2)]
 
 
 def test_a_changed_byte_is_found_by_whoever_reads_it() -> None:
@@ -127,7 +127,7 @@ def test_a_faulty_request_is_said_to_and_the_others_are_sound() -> None:
     device = Device()
     device.executor.faults.faulty_requests = 1
 
-    async def play() -> tuple[dict[Key, SampledToken], dict[Key, str]]:
+    async def play() -> tuple[dict[Key, tuple[SampledToken, ...]], dict[Key, str]]:
         result = await asyncio.wrap_future(device.executor.submit(PREFILL))
         return dict(result.tokens), dict(result.faults)
 

@@ -16,6 +16,7 @@ from engine.device.executor import TorchExecutor
 from engine.device.folder import load_folder
 from engine.device.loading import load_executor
 from engine.device.pool import KvPool
+from engine.device.resources import Resources
 from engine.step import Binding, Chunk, SampledToken, StepPlan, StepResult
 from pdserve.config import ModelConfig
 from pdserve.layout import KvLayout
@@ -189,7 +190,7 @@ def start_executor() -> Iterator[Callable[..., TorchExecutor]]:
         }
         dtype = changes.pop("dtype", "float32")
         config = ModelConfig(path=str(folder), dtype=dtype)
-        started.append(load_executor(config, **{**settings, **changes}))
+        started.append(load_executor(config, Resources(**{**settings, **changes})))
         return started[-1]
 
     yield start
@@ -287,8 +288,8 @@ def drive() -> Callable[..., dict[Key, list[SampledToken]]]:
                 break
             while len(flying) >= depth or (flying and not (chunks or waiting)):
                 result: StepResult = flying.popleft().result(timeout=60)
-                for key, token in result.tokens.items():
-                    runs[key].sampled.append(token)
+                for key, tokens in result.tokens.items():
+                    runs[key].sampled += tokens
                 for key, message in result.faults.items():
                     runs[key].fault = message
                     if faults is not None:

@@ -20,7 +20,7 @@ def build(*rows: Row) -> Batch:
 
 
 def test_rows_carry_their_tokens_positions_and_places() -> None:
-    batch = build(Row((7, 8, 9), 2, (5, 3), True), Row((4,), 9, (0, 1, 2), True))
+    batch = build(Row((7, 8, 9), 2, (5, 3), 1), Row((4,), 9, (0, 1, 2), 1))
     by_position = sorted(
         zip(
             batch.positions.tolist(),
@@ -39,9 +39,9 @@ def test_the_last_row_of_each_sampling_sequence_is_wanted(
 ) -> None:
     monkeypatch.setattr(attention, "_SPAN_TOKENS_MAX", 5)
     rows = [
-        Row(range(12), 0, (0, 1, 2), True),
-        Row((1, 2), 0, (3,), False),
-        Row((6,), 4, (4, 5), True),
+        Row(range(12), 0, (0, 1, 2), 1),
+        Row((1, 2), 0, (3,), 0),
+        Row((6,), 4, (4, 5), 1),
     ]
     batch = build(*rows)
     last = {0: 11, 2: 6}
@@ -51,7 +51,7 @@ def test_the_last_row_of_each_sampling_sequence_is_wanted(
 
 
 def test_one_row_is_never_computed_alone() -> None:
-    batch = build(Row((7,), 2, (5,), True))
+    batch = build(Row((7,), 2, (5,), 1))
     assert batch.padding == 1
     assert batch.tokens.tolist() == [7, 7]
     assert batch.positions.tolist() == [2, 2]
@@ -63,10 +63,10 @@ def test_one_row_is_never_computed_alone() -> None:
 
 def test_blocks_that_do_not_cover_the_tokens_are_our_bug() -> None:
     with pytest.raises((AssertionError, IndexError)):
-        build(Row((1, 2), 3, (0,), True))
+        build(Row((1, 2), 3, (0,), 1))
 
 
 def test_all_rows_are_wanted_only_where_each_is_and_in_order() -> None:
-    assert build(Row((7,), 2, (5,), True), Row((8,), 3, (4,), True)).wants_all
-    assert not build(Row((7, 8), 2, (5,), True)).wants_all
-    assert not build(Row((7,), 2, (5,), True), Row((8,), 3, (4,), False)).wants_all
+    assert build(Row((7,), 2, (5,), 1), Row((8,), 3, (4,), 1)).wants_all
+    assert not build(Row((7, 8), 2, (5,), 1)).wants_all
+    assert not build(Row((7,), 2, (5,), 1), Row((8,), 3, (4,), 0)).wants_all

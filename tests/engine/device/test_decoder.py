@@ -36,7 +36,7 @@ def run_chunks(
     start = 0
     with torch.inference_mode():
         for stop in stops:
-            batch = decoder.batch([Row(tokens[start:stop], start, blocks, True)])
+            batch = decoder.batch([Row(tokens[start:stop], start, blocks, 1)])
             logits.append(decoder(batch, pool, lambda _layer: None)[0])
             start = stop
     return logits
@@ -90,14 +90,14 @@ def test_a_row_is_bit_equal_alone_in_a_batch_and_in_other_chunks(
     ]
     # Together: odd ones up to their last token in one step, then all finish in the next.
     first = [
-        Row(tokens[:-1], 0, blocks[i], False)
+        Row(tokens[:-1], 0, blocks[i], 0)
         for i, tokens in enumerate(sequences)
         if i % 2 and len(tokens) > 1
     ]
     second = [
-        Row(tokens[-1:], len(tokens) - 1, blocks[i], True)
+        Row(tokens[-1:], len(tokens) - 1, blocks[i], 1)
         if i % 2 and len(tokens) > 1
-        else Row(tokens, 0, blocks[i], True)
+        else Row(tokens, 0, blocks[i], 1)
         for i, tokens in enumerate(sequences)
     ]
     with torch.inference_mode():

@@ -29,7 +29,7 @@ def executor(
 def poison_token(executor: TorchExecutor, token: int) -> None:
     """Make every logit of a sequence that has ``token`` NaN."""
     with torch.inference_mode():
-        executor._decoder._embedding[token] = float("nan")
+        executor._model._embedding[token] = float("nan")
 
 
 def prefill(request: Any, step: int = 0, slot: int = 0) -> StepPlan:
@@ -108,10 +108,11 @@ def test_layers_are_signalled_in_order_once_their_kv_can_be_read(
         offset = layout.offset_bytes(layer, block, memory.block_count)
         return ctypes.string_at(memory.address + offset, layout.piece_bytes)
 
-    def on_layer(step: int, layer: int) -> None:
+    def on_layer(step: int, layer: int, shard: int) -> None:
         written = [
             any(piece(each, block)) for each in range(layout.layer_count) for block in range(3)
         ]
+        assert shard == 0
         signals.append((step, layer, written))
 
     executor.submit(prefill(request, step=7), on_layer).result(timeout=60)
@@ -174,7 +175,7 @@ def test_a_token_outside_the_vocabulary_faults_only_its_request(
 def test_a_step_that_fails_is_the_futures_exception_and_the_next_one_runs(
     executor: TorchExecutor, make_request: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(_step: int, layer: int) -> None:
+    def fail(_step: int, layer: int, _shard: int) -> None:
         raise RuntimeError(f"no layer {layer}")
 
     request = make_request(1, (4, 5, 6), 5)
@@ -202,7 +203,7 @@ def test_no_more_steps_are_taken_than_the_depth_allows(
     executor = start_executor(model_folder(MODEL), step_depth=2)
     reached, go_on = threading.Event(), threading.Event()
 
-    def wait(_step: int, _layer: int) -> None:
+    def wait(_step: int, _layer: int, _shard: int) -> None:
         reached.set()
         assert go_on.wait(60)
 
@@ -223,7 +224,7 @@ def test_a_cancelled_step_still_computes_for_the_steps_behind_it(
 ) -> None:
     reached, go_on = threading.Event(), threading.Event()
 
-    def wait(_step: int, _layer: int) -> None:
+    def wait(_step: int, _layer: int, _shard: int) -> None:
         reached.set()
         assert go_on.wait(60)
 

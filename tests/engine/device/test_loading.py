@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from engine.device.loading import load_executor
+from engine.device.resources import Resources
 from pdserve.config import ModelConfig
 from pdserve.errors import InvalidConfig
 from pdserve.layout import KvLayout
@@ -39,13 +40,13 @@ def test_bfloat16_halves_the_pool(start_executor: Callable[..., Any]) -> None:
 
 def test_a_pool_of_no_block_is_refused_by_name() -> None:
     with pytest.raises(InvalidConfig, match="kv_bytes is 1000; wanted at least 16384"):
-        load_executor(ModelConfig(), **(SETTINGS | {"kv_bytes": 1000}))
+        load_executor(ModelConfig(), Resources(**(SETTINGS | {"kv_bytes": 1000})))
 
 
 @pytest.mark.parametrize("name", ["kv_blocks", "kv_bytes"])
 def test_a_pool_that_cannot_be_had_is_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidConfig, match=f"{name}: a KV pool of"):
-        load_executor(ModelConfig(), **(SETTINGS | {name: 1 << 55}))
+        load_executor(ModelConfig(), Resources(**(SETTINGS | {name: 1 << 55})))
 
 
 def test_the_model_is_named_by_its_setting_or_its_folder(
@@ -56,7 +57,7 @@ def test_the_model_is_named_by_its_setting_or_its_folder(
     assert executor.model.name == folder.name
     assert executor.model.architecture == "qwen2"
     assert (executor.model.vocab_size, executor.model.context_tokens_max) == (203, 512)
-    named = load_executor(ModelConfig(path=str(folder), name="mine"), **SETTINGS)
+    named = load_executor(ModelConfig(path=str(folder), name="mine"), Resources(**SETTINGS))
     named.close()
     assert named.model.name == "mine"
     assert start_executor("").model.name == "demo"
