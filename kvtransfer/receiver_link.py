@@ -15,7 +15,7 @@ from kvtransfer.hello import HELLO_S, decode_hello, mismatch
 from kvtransfer.host import Process, host_id
 from kvtransfer.transport.base import Endpoint, Transport
 from pdserve.edge.process import report_bug
-from pdserve.edge.rpc import Network, fault_of
+from pdserve.edge.rpc import PAIR_PING_TIMEOUT_S, Network, fault_of
 from pdserve.errors import PdserveError, PeerLost, RemoteProtocolError
 from pdserve.layout import KvMemory
 from pdserve.v1 import transfer_service_pb2, transfer_service_pb2_grpc
@@ -199,7 +199,9 @@ class SourceLink:
     async def _run(self) -> None:
         backoff_s = BACKOFF_FIRST_S
         while self._owner.is_needed(self.address):
-            async with self._network.channel(self.address) as channel:
+            async with self._network.channel(
+                self.address, ping_timeout_s=PAIR_PING_TIMEOUT_S
+            ) as channel:
                 was_up, because = await self._connect_and_serve(channel)
             if was_up:
                 backoff_s = BACKOFF_FIRST_S

@@ -254,10 +254,10 @@ class HeartbeatConfig:
 
     interval_s: float = setting(0.5, "Between two heartbeats", unit="s", low=0.01, high=60)
     suspect_s: float = setting(
-        1.5, "Silence after which a worker gets no new requests", unit="s", low=0.05, high=600
+        1.25, "Silence after which a worker gets no new requests", unit="s", low=0.05, high=600
     )
     dead_s: float = setting(
-        3.0, "Silence after which its requests are resumed elsewhere", unit="s", low=0.1, high=3600
+        2.5, "Silence after which its requests are resumed elsewhere", unit="s", low=0.1, high=3600
     )
     step_s: float = setting(
         30.0, "Longest step before its worker counts as wedged", unit="s", low=0.1, high=3600

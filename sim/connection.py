@@ -41,6 +41,7 @@ class End:
         self.is_leaving = False  # the peer takes no more calls
         self.is_up = False  # its handshake is over
         self._ping_count = 0
+        self._ping_timeout_s = PING_TIMEOUT_S
 
     @property
     def peer(self) -> "End":
@@ -81,16 +82,17 @@ class End:
         """Be told that no more calls are taken."""
         self.is_leaving = True
 
-    def come_up(self) -> None:
+    def come_up(self, ping_timeout_s: float = PING_TIMEOUT_S) -> None:
         """Be through with the handshake: from now on pings are sent."""
         self.is_up = True
+        self._ping_timeout_s = ping_timeout_s
         self.watch_pings(is_silent=self.connection.is_silent)
 
     def watch_pings(self, *, is_silent: bool) -> None:
         """Begin to wait for an answer that does not come, or have it."""
         self._ping_count += 1
         if is_silent and self.is_up and not self.is_over:
-            wait_s = PING_S * self.connection.links.rng.random() + PING_TIMEOUT_S
+            wait_s = PING_S * self.connection.links.rng.random() + self._ping_timeout_s
             self.node.after(wait_s, self._ping_failed, self._ping_count)
 
     def _ping_failed(self, ping: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import grpc
 from grpc import StatusCode
 
-from pdserve.edge.rpc import Network
+from pdserve.edge.rpc import PING_TIMEOUT_S, Network
 from sim.calls import Call, Parse, Serialize, StreamCall, UnaryCall
 from sim.connection import Connection, make_streams
 from sim.links import Links, Pipe
@@ -108,9 +108,10 @@ class _NodeNetwork:
         self._network = network
         self._node = node
 
-    def channel(self, address: str) -> grpc.aio.Channel:
+    def channel(self, address: str, *, ping_timeout_s: float = PING_TIMEOUT_S) -> grpc.aio.Channel:
         """See ``pdserve.edge.rpc.Network``."""
-        return cast("grpc.aio.Channel", SimChannel(self._network, self._node, address))
+        channel = SimChannel(self._network, self._node, address, ping_timeout_s)
+        return cast("grpc.aio.Channel", channel)
 
     def server(self) -> grpc.aio.Server:
         """See ``pdserve.edge.rpc.Network``."""
@@ -125,12 +126,14 @@ class _Dial:
         network: SimNetwork,
         node: Node,
         address: str,
+        ping_timeout_s: float,
         on_up: Callable[[Connection], None],
         on_failed: Callable[[str], None],
     ) -> None:
         self._network = network
         self._node = node
         self._address = address
+        self._ping_timeout_s = ping_timeout_s
         self._on_up = on_up
         self._on_failed = on_failed
         self._is_over = False
@@ -176,7 +179,7 @@ class _Dial:
             return
         self.abandon()
         connection.ends[0].on_lost = None
-        connection.ends[0].come_up()
+        connection.ends[0].come_up(self._ping_timeout_s)
         self._on_up(connection)
 
     def _fail(self, why: str) -> None:
@@ -189,10 +192,13 @@ class _Dial:
 class SimChannel:
     """Stands in for ``grpc.aio.Channel``: one connection at a time, made when it is needed."""
 
-    def __init__(self, network: SimNetwork, node: Node, address: str) -> None:
+    def __init__(
+        self, network: SimNetwork, node: Node, address: str, ping_timeout_s: float
+    ) -> None:
         self._network = network
         self._node = node
         self._address = address
+        self._ping_timeout_s = ping_timeout_s
         self._calls: dict[Call, None] = {}
         self._waiting: list[Call] = []
         self._connection: Connection | None = None
@@ -302,7 +308,14 @@ class SimChannel:
     def _connect(self) -> None:
         self._retry = None
         if any(not call.done() for call in self._waiting):
-            self._dial = _Dial(self._network, self._node, self._address, self._up, self._failed)
+            self._dial = _Dial(
+                self._network,
+                self._node,
+                self._address,
+                self._ping_timeout_s,
+                self._up,
+                self._failed,
+            )
 
     def _up(self, connection: Connection) -> None:
         self._dial = None

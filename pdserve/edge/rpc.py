@@ -4,8 +4,9 @@ A peer that is stopped, or cut off by the network, sends no FIN: only pings find
 own default takes a minute for that; ``ping_timeout_ms`` is what brings it to seconds
 (``keepalive_timeout_ms`` alone does not).  Whether a worker lives is judged by its heartbeats
 and the configured ``dead_s``, so the pings are the more patient of the two: a machine so busy
-that an answer takes a second has lost nobody.  A wedged event loop answers pings all the
-same: that is what the loop counter in the heartbeats is for.
+that an answer takes a second has lost nobody.  Between a prefill and a decode worker there are
+no heartbeats: the pings alone say that the two do not reach each other.  A wedged event loop
+answers pings all the same: that is what the loop counter in the heartbeats is for.
 """
 
 from typing import Protocol
@@ -26,6 +27,7 @@ from pdserve.errors import (
 MESSAGE_BYTES_MAX = 64 << 20
 PING_S = 1.0
 PING_TIMEOUT_S = 4.0  # above heartbeat.dead_s as it comes
+PAIR_PING_TIMEOUT_S = 1.5
 
 _SHARED: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -66,7 +68,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 class Network(Protocol):
     """How the processes of a cluster reach each other; gRPC, or the simulator's own."""
 
-    def channel(self, address: str) -> grpc.aio.Channel:
+    def channel(self, address: str, *, ping_timeout_s: float = PING_TIMEOUT_S) -> grpc.aio.Channel:
         """Make a channel to an address; what fails, fails at its calls."""
         ...
 
@@ -78,9 +80,12 @@ class Network(Protocol):
 class GrpcNetwork:
     """The real one."""
 
-    def channel(self, address: str) -> grpc.aio.Channel:
+    def channel(self, address: str, *, ping_timeout_s: float = PING_TIMEOUT_S) -> grpc.aio.Channel:
         """See ``Network``."""
-        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        options = dict(CHANNEL_OPTIONS)
+        for name in ("grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms"):
+            options[name] = int(ping_timeout_s * 1000)
+        return grpc.aio.insecure_channel(address, options=tuple(options.items()))
 
     def server(self) -> grpc.aio.Server:
         """See ``Network``."""

@@ -16,32 +16,38 @@ from tests.chaos.load import LONG, MEDIUM, MIXED, PROMPTS, SHORT, End
 from tests.chaos.shifted import Shifted, reason_to_skip
 
 RESTART_COUNT = 50
-SOAK_S = 60.0
+SOAK_S = 40.0
 JUMP_S = 300
 
 
 @scenario(
-    "prefill-restarts-in-place",
+    "restarts-in-place",
     ids="P11",
-    what=f"SIGKILL and start a prefill worker {RESTART_COUNT} times at one address, under load",
+    what=f"SIGKILL and start a worker of each role {RESTART_COUNT} times in all, each at one"
+    " address, under load",
     limit_s=400,
 )
 async def restarts_in_place(trial: Trial) -> None:
     steady = trial.steady(PROMPTS + SHORT, 6)
-    used = 0
-    async with Extra(trial.cluster, "prefill", "prefill-extra") as extra:
+    await asyncio.gather(*(restart(trial, role) for role in ("prefill", "decode")))
+    answers = await steady.stop()
+    trial.note(f"{len(answers)} requests meanwhile")
+    trial.measure_stall(answers)
+
+
+async def restart(trial: Trial, role: str) -> None:
+    """Kill one worker of a role and start it again, half of all the times."""
+    used, wanted = 0, RESTART_COUNT // 2
+    async with Extra(trial.cluster, role, f"{role}-extra") as extra:
         pids = set()
-        for _ in range(RESTART_COUNT):
+        for _ in range(wanted):
             pids.add(await extra.start())
             await trial.cluster.await_true("it is ready", extra.is_ready)
             used += await is_used(trial, extra)
             trial.fault()
             trial.require("killed", await extra.end(signal.SIGKILL) == -signal.SIGKILL)
-    trial.prove(f"{len(pids)} processes died at port {extra.port}", len(pids) == RESTART_COUNT)
-    trial.prove(f"{used} of them had requests in them", used * 2 > RESTART_COUNT)
-    answers = await steady.stop()
-    trial.note(f"{len(answers)} requests meanwhile")
-    trial.measure_stall(answers)
+    trial.prove(f"{len(pids)} {role} workers died at port {extra.port}", len(pids) == wanted)
+    trial.prove(f"{used} of them had requests in them", used * 2 > wanted)
 
 
 async def is_used(trial: Trial, extra: Extra) -> bool:

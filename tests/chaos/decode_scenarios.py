@@ -2,10 +2,10 @@
 
 from tests.chaos.cluster import Setup
 from tests.chaos.framework import Trial, is_running, pause, scenario
-from tests.chaos.load import LONG, MEDIUM, MIXED, PROMPTS, End
+from tests.chaos.load import LONG, MEDIUM, MIXED, PROMPTS, Ask, End
 
 STALL_S = 3.5  # 3 s until a worker is given up, and a prefill
-SILENCE_S = 3.3  # 3 s of silence and a tick
+SILENCE_S = 3.0  # heartbeat.dead_s and a tick
 
 TIGHT = Setup(
     "tight pools",
@@ -100,7 +100,7 @@ async def stop_short(trial: Trial) -> None:
 )
 async def stop_until_dead(trial: Trial) -> None:
     before = await dropped_count(trial)
-    await stop_and_resume(trial, 0.4)
+    await stop_and_resume(trial, MIXED + LONG, 0.4)
     trial.note(f"{await dropped_count(trial) - before} stale frames dropped by the router")
 
 
@@ -110,12 +110,13 @@ async def stop_until_dead(trial: Trial) -> None:
     what="SIGSTOP until its link is given up too: resumed elsewhere, back under a new link",
 )
 async def stop_long(trial: Trial) -> None:
-    await stop_and_resume(trial, 3.0)
+    # As many as one decode worker has slots for: nobody has to wait for a slot besides.
+    await stop_and_resume(trial, MEDIUM + LONG, 3.0)
 
 
-async def stop_and_resume(trial: Trial, longer_s: float) -> None:
+async def stop_and_resume(trial: Trial, asks: tuple[Ask, ...], longer_s: float) -> None:
     """Stop a worker until it is taken for dead and a while longer."""
-    answers = await trial.begin(MIXED + LONG, tokens=20)
+    answers = await trial.begin(asks, tokens=20)
     name = trial.cluster.victim("decode")
     began_s = await trial.stop(name)
     await trial.detect(name, began_s, SILENCE_S, "SIGSTOP")

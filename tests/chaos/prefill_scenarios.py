@@ -4,7 +4,7 @@ from tests.chaos.cluster import Setup
 from tests.chaos.framework import Trial, is_running, pause, scenario
 from tests.chaos.load import LONG, MEDIUM, MIXED, PROMPTS, SHORT, End
 
-SILENCE_S = 3.3  # 3 s of silence and a tick
+SILENCE_S = 3.0  # heartbeat.dead_s and a tick
 
 HASTY = Setup(
     "short patience",

@@ -1,12 +1,13 @@
 """A cluster whose processes see a wall clock that jumps, while monotonic time stays true.
 
-The processes are started here, without pdctl: libfaketime breaks ``time.sleep`` of this
-Python (EINVAL), which the workers and the router do not use, but the launcher does.
+wallclock.c says how.  The processes are started here, without pdctl, whose own clock stays true.
 """
 
 import asyncio
 import json
 import os
+import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -14,26 +15,31 @@ from pdserve.config import dump, load
 from pdserve.edge.process import parse_overrides
 from tests.chaos.cluster import ROOT, Cluster, Setup
 
-LIBRARY = Path("/usr/lib") / f"{os.uname().machine}-linux-gnu" / "faketime" / "libfaketime.so.1"
+SOURCE = Path(__file__).with_name("wallclock.c")
 STOP_S = 20.0
 
 
 def reason_to_skip() -> str | None:
     """Say what is missing; None if nothing is."""
-    return None if LIBRARY.exists() else f"{LIBRARY} is missing: apt-get install faketime"
+    return None if shutil.which("cc") else "cc is missing: apt-get install gcc"
 
 
 class Shifted(Cluster):
-    """Router and workers as plain children of the runner, under libfaketime."""
+    """Router and workers as plain children of the runner, with the offset preloaded."""
 
     def __init__(self, setup: Setup, folder: Path) -> None:
         super().__init__(setup, folder)
         self._children: dict[str, asyncio.subprocess.Process] = {}
-        self._clock_file = folder / "clock"
+        self._library = folder / "wallclock.so"
+        self._offset_file = folder / "offset"
 
     async def up(self) -> None:
         (self.folder / "logs").mkdir(parents=True, mode=0o700)
-        self.shift(0)
+        self._offset_file.write_bytes(struct.pack("=q", 0))
+        build = ("cc", "-O2", "-shared", "-fPIC", "-o", str(self._library), str(SOURCE))
+        compiler = await asyncio.create_subprocess_exec(*build)
+        if await compiler.wait():
+            raise RuntimeError(f"{SOURCE} does not compile")
         ports = {"router.port": 0, "router.admin_port": 0, "router.grpc_port": 0}
         pairs = [f"{name}={value}" for name, value in (ports | self.settings()).items()]
         (self.folder / "cluster.toml").write_text(dump(load(None, parse_overrides(pairs))))
@@ -65,10 +71,8 @@ class Shifted(Cluster):
     def _environment(self) -> dict[str, str]:
         return {
             "OMP_NUM_THREADS": "1",
-            "LD_PRELOAD": str(LIBRARY),
-            "FAKETIME_TIMESTAMP_FILE": str(self._clock_file),
-            "FAKETIME_CACHE_DURATION": "1",
-            "DONT_FAKE_MONOTONIC": "1",
+            "LD_PRELOAD": str(self._library),
+            "PDSERVE_WALLCLOCK": str(self._offset_file),
         }
 
     async def down(self) -> None:
@@ -89,6 +93,5 @@ class Shifted(Cluster):
 
     def shift(self, offset_s: int) -> None:
         """Let the wall clock of every process jump."""
-        draft = self._clock_file.with_suffix(".new")
-        draft.write_text(f"{offset_s:+d}s\n")
-        draft.replace(self._clock_file)
+        with self._offset_file.open("r+b", buffering=0) as file:
+            file.write(struct.pack("=q", offset_s))
