@@ -1,5 +1,6 @@
 """Registration and links, over real gRPC."""
 
+import asyncio
 from dataclasses import replace
 
 import grpc
@@ -99,6 +100,35 @@ async def test_calls_without_a_link_fail_at_once(fleet_of):
         assert not fleet.core.fleet.send("decode-0", worker_service_pb2.RouterMessage())
         with pytest.raises(PeerLost, match="decode-0: no link"):
             await fleet.core.fleet.audit("decode-0")
+
+
+async def test_a_link_that_ends_under_a_call_is_a_lost_peer_and_nobodys_cancellation(
+    fleet_of,
+):
+    async with fleet_of("decode-0") as fleet:
+        worker = fleet["decode-0"]
+        worker.audit_hangs = True
+        asked = asyncio.Event()
+        worker.on_audit = asked.set
+        call = asyncio.create_task(fleet.core.fleet.audit("decode-0"))
+        await asked.wait()
+        fleet.core.fleet.cut("decode-0")
+        with pytest.raises(PeerLost, match="decode-0"):
+            await call
+        assert not call.cancelled()
+
+
+async def test_a_caller_that_is_cancelled_stays_cancelled(fleet_of):
+    async with fleet_of("decode-0") as fleet:
+        worker = fleet["decode-0"]
+        worker.audit_hangs = True
+        asked = asyncio.Event()
+        worker.on_audit = asked.set
+        call = asyncio.create_task(fleet.core.fleet.audit("decode-0"))
+        await asked.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
 
 
 async def test_a_worker_can_be_drained(fleet_of, eventually):
