@@ -35,7 +35,7 @@ code { font: 12px ui-monospace, monospace; }
 .queue { background: var(--queue); } .served { background: var(--served); }
 .prefill { background: var(--prefill); } .transfer { background: var(--transfer); }
 .decode { background: var(--decode); } .fence { background: var(--fence); }
-.tick { width: 1px; height: 11px; background: #0009; cursor: pointer; }
+.tick { width: 1px; height: 11px; background: #0003; cursor: pointer; }
 .tick.abort, .tick.terminal, .tick.resume { width: 3px; height: 13px; margin: -1px 0 0 -1px; }
 .tick.abort { background: #d00020; } .tick.terminal { background: #111; }
 .tick.resume { background: #e06c00; }
