@@ -57,7 +57,13 @@ def worker_arguments(role: str) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 picks one")
     parser.add_argument("--ready-file", type=Path, help="written once the worker listens")
-    return parser.parse_args()
+    parser.add_argument("--tp", metavar="RANKS", help=f"same as --set {role}.tp=RANKS")
+    parser.add_argument("--pp", metavar="STAGES", help=f"same as --set {role}.pp=STAGES")
+    arguments = parser.parse_args()
+    for name in ("tp", "pp"):
+        if getattr(arguments, name) is not None:
+            arguments.set.append(f"{role}.{name}={getattr(arguments, name)}")
+    return arguments
 
 
 def load_config(arguments: argparse.Namespace) -> ClusterConfig:

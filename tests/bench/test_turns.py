@@ -158,10 +158,10 @@ def test_a_cancelled_step_still_runs(take_seat: Callable[[str], Seat], floor: Fl
 
 def test_layers_are_signalled_to_the_one_who_asked(take_seat: Callable[[str], Seat]) -> None:
     prefill, decode = take_seat("p"), take_seat("d")
-    signals: list[tuple[int, int]] = []
-    asked = prefill.submit(StepPlan(5), lambda step, layer: signals.append((step, layer)))
+    signals: list[tuple[int, int, int]] = []
+    asked = prefill.submit(StepPlan(5), lambda *signal: signals.append(signal))
     results([asked, *submit(decode, 6)])
-    assert signals == [(5, 0)]
+    assert signals == [(5, 0, 0)]
 
 
 def test_closing_a_seat_runs_what_waits_and_leaves_the_other_seat_be(
