@@ -3,7 +3,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m
 SOURCES := pdserve engine kvtransfer prefill decode router sim pdctl bench docs tests
 
-.PHONY: help setup run test check fmt proto docs bench bench-kv clean test-optimized chaos abort-matrix mutants sim-soak
+.PHONY: help setup run test check fmt proto docs bench bench-kv bench-cpu bench-engines bench-speculation bench-gpu test-gpu clean test-optimized chaos abort-matrix mutants sim-soak
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/'
@@ -68,6 +68,21 @@ bench: setup     ## end-to-end benchmark: TTFT, TPOT, tokens/s
 
 bench-kv: setup  ## KV transfer against memcpy and ucx_perftest
 	$(RUN) bench.kv_transfer
+
+bench-cpu: setup ## steps of the engine against this machine's roofline; pass ARGS="--models 100m"
+	$(RUN) bench.cpu $(ARGS)
+
+bench-engines: setup ## the engine and the cluster beside vLLM, llama.cpp, transformers
+	$(RUN) bench.engines $(ARGS)
+
+bench-speculation: setup ## tokens per step, by who guesses
+	$(RUN) bench.speculation $(ARGS)
+
+bench-gpu: setup ## decode and prefill on a GPU against its copy bandwidth and GEMM rate
+	$(RUN) bench.gpu $(ARGS)
+
+test-gpu: setup  ## the tests that need a GPU
+	$(RUN) pytest -q -m gpu $(ARGS)
 
 clean:           ## remove the environment and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

@@ -2,7 +2,8 @@
 
 A hand-off is the whole of it: plan, puts, flush, last message, through ``KvSender`` here and
 ``KvReceiver`` in a second process.  Pieces are 64 KiB; "coalesced" ones are neighbours in both
-pools and travel as one put per layer, "scattered" ones travel one by one.
+pools and travel as one put per layer, "scattered" ones travel one by one, and "split" ones go
+from a pool of two shards, half of the heads each, to one of all heads: a put per token.
 """
 
 import argparse
@@ -24,13 +25,14 @@ from typing import Any
 import grpc
 
 from bench.record import circumstances, write
-from kvtransfer import copyplan
+from kvtransfer.copyplan import Place, plan, routes
 from kvtransfer.receiver import KvReceiver
 from kvtransfer.sender import KvSender
+from kvtransfer.shards import shape_of
 from kvtransfer.transport import make_transport
 from pdserve.config import TransferConfig
 from pdserve.edge.rpc import SERVER_OPTIONS
-from pdserve.layout import KvLayout, KvMemory
+from pdserve.layout import KvLayout, KvMemory, KvShard
 from pdserve.request import Key
 from pdserve.v1 import transfer_service_pb2_grpc
 
@@ -45,17 +47,27 @@ WAIT_S = 20.0
 
 
 class Pool:
-    """Memory of a pool's size, touched."""
+    """Memory of a pool's size, touched; shards share the heads out evenly."""
 
-    def __init__(self) -> None:
+    def __init__(self, shard_count: int = 1) -> None:
         self.buffer = bytearray(os.urandom(1 << 16) * (LAYOUT.pool_bytes(POOL_BLOCKS) >> 16))
         view = (ctypes.c_char * len(self.buffer)).from_buffer(self.buffer)
-        self.memory = KvMemory.whole(ctypes.addressof(view), POOL_BLOCKS, LAYOUT)
+        part_bytes = len(self.buffer) // shard_count
+        head_count = LAYOUT.kv_head_count // shard_count
+        shards = tuple(
+            KvShard(
+                ctypes.addressof(view) + number * part_bytes,
+                range(LAYOUT.layer_count),
+                range(number * head_count, (number + 1) * head_count),
+            )
+            for number in range(shard_count)
+        )
+        self.memory = KvMemory(POOL_BLOCKS, LAYOUT, shards)
 
 
 def block_lists(pattern: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Choose source and target blocks; equal in both processes."""
-    if pattern == "coalesced":
+    if pattern != "scattered":
         return tuple(range(HANDOFF_BLOCKS)), tuple(range(100, 100 + HANDOFF_BLOCKS))
     dice = random.Random(7)
     return (
@@ -118,8 +130,8 @@ async def receive(tls: str, address: str) -> None:
 class Pusher:
     """The prefill process."""
 
-    def __init__(self, tls: str) -> None:
-        self.pool = Pool()
+    def __init__(self, tls: str, shard_count: int = 1) -> None:
+        self.pool = Pool(shard_count)
         self._tls = tls
         self._events = Events()
         self._sender = KvSender(
@@ -178,21 +190,17 @@ class Pusher:
 def copy(source: Pool, target: Pool, pattern: str) -> float:
     """Copy the same pieces within this process; return the seconds."""
     here, there = block_lists(pattern)
+    whole = shape_of(target.memory)
+    places = [Place(pool.memory.shards[0].address, POOL_BLOCKS) for pool in (source, target)]
     runs = [
         run
-        for layer in range(LAYOUT.layer_count)
-        for run in copyplan.plan(
-            LAYOUT,
-            layer,
-            here,
-            there,
-            source_block_count=POOL_BLOCKS,
-            target_block_count=POOL_BLOCKS,
-        )
+        for ways in routes(LAYOUT, whole, whole).values()
+        for way in ways
+        for run in plan(way, here, there, source=places[0], target=places[1])
     ]
     start_s = perf_counter()
-    for start, stop, size in runs:
-        ctypes.memmove(target.memory.address + stop, source.memory.address + start, size)
+    for start, stop, size, _ in runs:
+        ctypes.memmove(stop, start, size)
     return perf_counter() - start_s
 
 
@@ -242,17 +250,20 @@ def _run_client(command: Sequence[str | Path], env: dict[str, str]) -> str:
 
 async def measure(tls: str, rounds: int) -> list[dict[str, Any]]:
     """Take all figures of one setting, round by round, so that they share the machine's mood."""
-    pusher, target = Pusher(tls), Pool()
-    await pusher.start()
-    patterns = ("coalesced", "scattered")
+    source, target = Pool(), Pool()
+    whole, halves = Pusher(tls), Pusher(tls, 2)
+    pushers = {"coalesced": whole, "scattered": whole, "split": halves}
+    for pusher in (whole, halves):
+        await pusher.start()
+    patterns = tuple(pushers)
     pushes: dict[str, list[float]] = {pattern: [] for pattern in patterns}
     copies: dict[str, list[float]] = {pattern: [] for pattern in patterns}
     native: list[float] = []
     reason = ""
     for turn in range(WARM_UP + rounds):
         for pattern in patterns:
-            took_s = await pusher.push(pattern)
-            copied_s = copy(pusher.pool, target, pattern)
+            took_s = await pushers[pattern].push(pattern)
+            copied_s = copy(source, target, pattern)
             if turn >= WARM_UP:
                 pushes[pattern].append(took_s)
                 copies[pattern].append(copied_s)
@@ -260,7 +271,8 @@ async def measure(tls: str, rounds: int) -> list[dict[str, Any]]:
             figure, reason = perftest(tls)
             if figure is not None:
                 native.append(figure)
-    await pusher.close()
+    for pusher in (whole, halves):
+        await pusher.close()
     perftest_gbs = median(native) if native else None
     rows = []
     for pattern in patterns:

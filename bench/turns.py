@@ -89,6 +89,7 @@ class Seat:
         self._turns = turns
         self._device = device
         self._step_depth = step_depth
+        self.broken: Future[None] = Future()
         self._waiting: deque[tuple[StepPlan, OnLayer | None, Future[StepResult]]] = deque()
         self._unfinished_count = 0
         self._is_closed = False

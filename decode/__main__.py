@@ -5,7 +5,7 @@ import logging
 import sys
 
 from decode.worker import DecodeWorker
-from engine.device.loading import load_executor
+from engine.device.parallel.loading import load_worker_executor
 from engine.device.resources import Resources
 from kvtransfer.transport import make_transport
 from pdserve.edge.history import HistoryFile
@@ -21,7 +21,9 @@ def main() -> int:
     log_to_stderr(arguments.name)
     own = config.decode
     try:
-        executor = load_executor(config.model, Resources.of(own, config.kv), config.speculation)
+        executor = load_worker_executor(
+            config.worker_model, Resources.of(own, config.kv), config.speculation, section="decode"
+        )
     except PdserveError as error:
         logging.getLogger(__name__).error("%s", error)
         return 1

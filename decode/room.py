@@ -66,13 +66,43 @@ class Room:
 
     def grow(self, sequence: Sequence) -> bool:
         """Take a block for the next token's KV, if one is needed; say whether there is one."""
-        if sequence.position < len(sequence.blocks) * self.block_tokens:
+        if not self.is_short(sequence):
             return True
         taken = self.pool.take(1, Hold.USED, after=sequence.blocks[-1])
         if taken is None:
             return False
         sequence.blocks += taken
         return True
+
+    def lend(self, sequence: Sequence, stop: int) -> None:
+        """Take blocks for positions before ``stop``, as many as there are; until ``take_back``."""
+        missing_count = self.blocks_for(stop) - len(sequence.blocks)
+        count = min(missing_count, self.pool.available_count)
+        if count <= 0:
+            return
+        taken = self.pool.take(count, Hold.USED, after=sequence.blocks[-1])
+        assert taken is not None, f"{count} blocks are there, and are not"
+        sequence.blocks += taken
+        sequence.lent_count = count
+
+    def take_back(self, sequence: Sequence) -> None:
+        """Release what was lent, but for what the next token's KV needs; no step is in flight.
+
+        So nobody ever gives way to somebody else's guesses.
+        """
+        kept_count = max(
+            len(sequence.blocks) - sequence.lent_count, self.blocks_for(sequence.position + 1)
+        )
+        surplus = sequence.blocks[kept_count:] if sequence.lent_count else ()
+        sequence.lent_count = 0
+        if surplus:
+            self.pool.release(surplus, Hold.USED)
+            sequence.blocks = sequence.blocks[:kept_count]
+            sequence.covering = ()  # another block may come to the same place
+
+    def is_short(self, sequence: Sequence) -> bool:
+        """Whether a sequence has no block for its next token's KV."""
+        return sequence.position >= len(sequence.blocks) * self.block_tokens
 
     def publish(self, sequence: Sequence, computed_count: int) -> None:
         """Let others find the blocks among the first ``computed_count`` tokens (V13)."""

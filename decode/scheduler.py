@@ -5,6 +5,9 @@ lands in them, and from then on every step computes one token of it.  Steps are 
 of their results: where the last token is not known yet, the chunk says so, and the device
 feeds it back.
 
+With guesses a step brings one token or several, and where the next begins is known only then:
+a sequence is not planned ahead, and its chunk carries the guesses the step before brought.
+
 Two rules make it hard.  A block may be reused only once no unsettled step names it *and* no
 remote writer can reach it (V5): silence proves neither.  And somebody always advances: when
 blocks run out the youngest running request gives way, never the oldest, and who runs gets
@@ -13,6 +16,7 @@ blocks before who waits.
 
 from collections import Counter, deque
 
+from decode.chunks import bind, by_arrival, make_chunk, take_turns
 from decode.effects import (
     Effect,
     EmitToken,
@@ -29,13 +33,15 @@ from engine.deadlines import Deadlines, deadline_after
 from engine.output_limit import finish_after, output_count_max
 from engine.prefix_cache import HashChain, PrefixCache
 from engine.request_table import RequestTable
-from engine.step import Binding, Chunk, SampledToken, StepPlan, StepResult
+from engine.speculation.choice import Guessing
+from engine.step import SampledToken, StepPlan, StepResult
 from pdserve.ends import EndKind
 from pdserve.errors import InvalidRequest
 from pdserve.request import Key, Request
 from pdserve.tombstones import EVERY_EPOCH, Tombstones
 
 Name = tuple[Key, int]
+NO_GUESSING = Guessing()
 
 
 class DecodeScheduler:
@@ -53,9 +59,12 @@ class DecodeScheduler:
         growth_tokens: int,
         context_tokens_max: int,
         tombstones: Tombstones,
+        guessing: Guessing = NO_GUESSING,
+        microbatch_count: int = 1,
     ) -> None:
+        """Own all blocks of ``pool``; a step takes one in ``microbatch_count`` of who runs."""
         sizes = (block_tokens, sequences_max, step_depth, inbox_max, growth_tokens)
-        assert min(sizes) > 0, f"sizes are {sizes}; wanted 1 or more"
+        assert min(*sizes, microbatch_count) > 0, f"sizes are {sizes}; wanted 1 or more"
         self.is_draining = False
         self.dropped_counts: Counter[str] = Counter()
         self._pool = pool
@@ -71,6 +80,8 @@ class DecodeScheduler:
         self._inbox_max = inbox_max
         self._context_tokens_max = context_tokens_max
         self._tombstones = tombstones
+        self._guessing = guessing
+        self._microbatch_count = microbatch_count
         self._table: RequestTable[Sequence, State, Event] = RequestTable(
             TRANSITIONS, gone=State.GONE
         )
@@ -216,18 +227,21 @@ class DecodeScheduler:
         """
         if len(self._steps) >= self._step_depth:
             return None
-        chunks: list[Chunk] = []
-        bindings: list[Binding] = []
-        step = UnsettledStep(self._next_step)
-        for sequence in self._by_arrival():
-            if sequence.is_ahead_done or not self._room.grow(sequence):
-                continue
-            if not sequence.is_bound:
-                bindings.append(self._bind(sequence))
-            chunks.append(self._chunk(sequence))
-            step.sequences.append(sequence)
-        if not chunks:
+        running = [each for each in self._by_arrival() if not each.is_ahead_done]
+        sequences = take_turns(
+            running, self._room, self._microbatch_count, is_ahead=not self._guessing.draft_tokens
+        )
+        if not sequences:
             return None
+        # Blocks for guesses must be in nobody's way: of who runs, or could be reserved.
+        is_waited_for = bool(self._slots and self._table.within(State.WAITING))
+        may_lend = not is_waited_for and not any(map(self._room.is_short, running))
+        bindings = [bind(each) for each in sequences if not each.is_bound]
+        chunks = [
+            make_chunk(each, self._next_step, self._room, self._guessing, may_lend=may_lend)
+            for each in sequences
+        ]
+        step = UnsettledStep(self._next_step, sequences)
         self._next_step += 1
         self._steps.append(step)
         return StepPlan(step.step, tuple(chunks), tuple(bindings))
@@ -237,14 +251,14 @@ class DecodeScheduler:
         effects: list[Effect] = []
         for sequence in self._pop_step(result.step).sequences:
             sequence.unsettled_count -= 1
+            tried, sequence.tried = sequence.tried, ()
             fault = result.faults.get(sequence.key)
             if sequence.state is not State.RUNNING:
                 self._free_if_quiet(sequence)
             elif fault is not None:
                 effects += self._end(sequence, Event.FAILED, EndKind.FAILED, fault, now_s)
             else:
-                (sampled,) = result.tokens[sequence.key]
-                effects.append(self._append(sequence, sampled, now_s))
+                effects += self._advance(sequence, tried, result, now_s)
         return tuple(effects)
 
     def fail_step(self, step: int, message: str, now_s: float) -> tuple[Effect, ...]:
@@ -252,6 +266,7 @@ class DecodeScheduler:
         effects: list[Effect] = []
         for sequence in self._pop_step(step).sequences:
             sequence.unsettled_count -= 1
+            sequence.tried = ()
             if sequence.state is State.RUNNING:
                 effects += self._end(sequence, Event.FAILED, EndKind.FAILED, message, now_s)
             else:
@@ -295,7 +310,7 @@ class DecodeScheduler:
         slots = list(self._slots)
         for sequence in self._table:
             unsettled_count = sum(step.sequences.count(sequence) for step in self._steps)
-            sequence.check(self._room.block_tokens, unsettled_count)
+            sequence.check(self._room.block_tokens, unsettled_count, self._guessing.draft_tokens)
             if sequence.blocks:
                 held[HOLDS[sequence.state]].update(sequence.blocks)
             if sequence.state is not State.FENCING:
@@ -359,9 +374,16 @@ class DecodeScheduler:
 
     @property
     def _is_relief_near(self) -> bool:
-        """Whether a step in flight certainly gives blocks back when it settles."""
+        """Whether a step in flight gives blocks back when it settles.
+
+        What guesses took comes back for sure, or is needed anyway: and then nobody is lent more.
+        """
         return any(
-            sequence.is_handoff_safe and (sequence.state is State.FENCING or sequence.is_ahead_done)
+            sequence.lent_count > 0
+            or (
+                sequence.is_handoff_safe
+                and (sequence.state is State.FENCING or sequence.is_ahead_done)
+            )
             for step in self._steps
             for sequence in step.sequences
         )
@@ -373,42 +395,35 @@ class DecodeScheduler:
             for sequence in self._table.within(State.RUNNING).values()
             if sequence.arrival > needy.arrival and sequence.is_handoff_safe
         ]
-        return max(younger, key=_arrival, default=None)
+        return max(younger, key=by_arrival, default=None)
 
     # Steps.
 
     def _by_arrival(self) -> list[Sequence]:
-        return sorted(self._table.within(State.RUNNING).values(), key=_arrival)
-
-    def _bind(self, sequence: Sequence) -> Binding:
-        assert sequence.slot is not None, f"{sequence} runs without a slot"
-        sequence.is_bound = True
-        output = tuple(sequence.tokens[len(sequence.request.prompt) :])
-        return Binding(sequence.slot, sequence.request, output)
-
-    def _chunk(self, sequence: Sequence) -> Chunk:
-        assert sequence.slot is not None, f"{sequence} runs without a slot"
-        start = sequence.position
-        is_known = not sequence.unsettled_count
-        sequence.unsettled_count += 1
-        block_count = start // self._room.block_tokens + 1
-        if len(sequence.covering) != block_count:
-            sequence.covering = sequence.blocks[:block_count]
-        return Chunk(
-            key=sequence.key,
-            slot=sequence.slot,
-            start=start,
-            stop=start + 1,
-            tokens=(sequence.tokens[start],) if is_known else (),
-            blocks=sequence.covering,
-            samples=True,
-        )
+        return sorted(self._table.within(State.RUNNING).values(), key=by_arrival)
 
     def _pop_step(self, step: int) -> UnsettledStep:
         assert self._steps, f"step {step} settled, but none is in flight"
         oldest = self._steps.popleft()
         assert oldest.step == step, f"step {step} settled before step {oldest.step}"
         return oldest
+
+    def _advance(
+        self, sequence: Sequence, tried: tuple[int, ...], result: StepResult, now_s: float
+    ) -> list[Effect]:
+        """Take a step's tokens, as far as the request goes, and the guesses for the next."""
+        sampled = result.tokens[sequence.key]
+        right = [each.token for each in sampled[:-1]]
+        assert right == list(tried[: len(right)]), f"{sequence}: {sampled} behind {tried}"
+        effects: list[Effect] = []
+        for each in sampled:
+            effects.append(self._append(sequence, each, now_s))
+            if sequence.state is not State.RUNNING:
+                return effects
+        self._room.take_back(sequence)
+        drafts = result.drafts.get(sequence.key, ())
+        sequence.guesses = drafts[: self._guessing.draft_tokens]
+        return effects
 
     def _append(self, sequence: Sequence, sampled: SampledToken, now_s: float) -> Effect:
         index = sequence.output_count
@@ -476,7 +491,3 @@ class DecodeScheduler:
 
     def __repr__(self) -> str:
         return f"<DecodeScheduler {self._table!r}, {len(self._steps)} steps, {self._pool!r}>"
-
-
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival

@@ -69,7 +69,8 @@ class Sequence(Record[State]):
     """One reservation here; its name is (key, epoch).
 
     ``tokens`` are the prompt and all output known so far.  Once it runs, the KV of all but
-    the last of them is computed, and each unsettled chunk adds one token to come.
+    the last of them is computed, and each unsettled chunk adds one token to come, and perhaps
+    one for each guess in it.
     """
 
     request: Request
@@ -87,7 +88,14 @@ class Sequence(Record[State]):
     held_count: int = 0
     # The blocks the next chunk needs; kept, because they change only once per block.
     covering: tuple[int, ...] = ()
+    # Guesses for the next chunk, and those of the chunk in flight, which then is the only one.
+    guesses: tuple[int, ...] = ()
+    tried: tuple[int, ...] = ()
+    # The last so many blocks were taken for guesses, and go back if they are not needed.
+    lent_count: int = 0
     unsettled_count: int = 0
+    # The last step that computed it.
+    planned_step: int = -1
     is_bound: bool = False
     is_handoff_safe: bool = False
 
@@ -98,7 +106,7 @@ class Sequence(Record[State]):
 
     @property
     def position(self) -> int:
-        """The token the next chunk computes."""
+        """The token the next chunk computes first; with guesses in flight, the least it can be."""
         return len(self.tokens) - 1 + self.unsettled_count
 
     @property
@@ -106,7 +114,18 @@ class Sequence(Record[State]):
         """Whether the steps in flight certainly bring its last token."""
         return self.position >= self.position_stop
 
-    def check(self, block_tokens: int, unsettled_count: int) -> None:
+    def check_guesses(self, block_tokens: int, draft_tokens: int) -> None:
+        """Assert that guesses do no harm: they end before it does, and nobody else reads them."""
+        reached = self.position + len(self.tried)
+        assert len(self.guesses) <= draft_tokens, f"{self} has {self.guesses}"
+        assert not self.tried or self.unsettled_count == 1, f"{self} goes on behind guesses"
+        assert reached <= len(self.blocks) * block_tokens, f"{self} guesses beyond its blocks"
+        assert reached <= self.position_stop, f"{self} guesses beyond its end"
+        assert not self.lent_count or self.unsettled_count, f"{self} keeps what was lent to it"
+        published_count = self.chain.published_count * block_tokens
+        assert published_count < len(self.tokens), f"{self} published what is not verified (V13)"
+
+    def check(self, block_tokens: int, unsettled_count: int, draft_tokens: int) -> None:
         """Assert that the sequence holds what its state says; it is in so many chunks."""
         assert self.unsettled_count == unsettled_count, f"{self}: {unsettled_count} in flight"
         match self.state:
@@ -121,6 +140,7 @@ class Sequence(Record[State]):
                 assert self.slot is not None, f"{self} has no slot"
                 assert self.position <= len(self.blocks) * block_tokens, f"{self} is short"
                 assert self.position <= self.position_stop, f"{self} runs beyond its end"
+                self.check_guesses(block_tokens, draft_tokens)
             case State.FENCING:
                 assert unsettled_count or not self.is_handoff_safe, f"{self} waits for nothing"
             case State.GONE:

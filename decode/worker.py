@@ -22,6 +22,7 @@ from decode.scheduler import DecodeScheduler
 from engine.executor import Executor
 from engine.holdings import Holdings
 from engine.loop import Pace, StepLoop
+from engine.speculation.choice import Guessing
 from engine.weights import WeightChange
 from kvtransfer.receiver import KvReceiver
 from kvtransfer.transport.base import Transport
@@ -71,11 +72,13 @@ class DecodeWorker:
             self._holdings.cache,
             block_tokens=self._holdings.block_tokens,
             sequences_max=own.sequences_max,
-            step_depth=own.step_depth,
+            step_depth=own.pp - 1 + own.step_depth,
             inbox_max=own.inbox_max,
             growth_tokens=own.growth_tokens,
             context_tokens_max=executor.model.context_tokens_max,
             tombstones=self._holdings.tombstones,
+            guessing=Guessing.of(config.speculation),
+            microbatch_count=own.pp,
         )
         self._receiver = KvReceiver(
             executor.memory,

@@ -15,10 +15,16 @@ in that shard of the pool; layers are the model's."""
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the rest of a worker may know of a model."""
+    """What the rest of a worker may know of a model.
+
+    ``hash`` covers the config, every byte of the weights, and the arithmetic: the kernels, how
+    they keep weights, their version.  Workers pair only on equal hashes, and a request is
+    resumed only where its hash is: keys and values of one worker are continued by another, and
+    a resumed request must go on with the very tokens it would have had.
+    """
 
     name: str
-    hash: str  # over config and weights: workers pair only on equal hashes
+    hash: str
     vocab_size: int
     context_tokens_max: int
     architecture: str
@@ -36,6 +42,14 @@ class Executor(Protocol):
     @property
     def memory(self) -> KvMemory:
         """The KV pool, alive and in place until ``close``."""
+        ...
+
+    @property
+    def broken(self) -> Future[None]:
+        """Fails once no step can ever run again; every unfinished step fails after it.
+
+        It is never done otherwise.  Callbacks run on the executor's own thread.
+        """
         ...
 
     def submit(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Future[StepResult]:

@@ -128,9 +128,15 @@ class StepLoop(Generic[Effect]):
         self._wake.set()
 
     async def run(self) -> None:
-        """Step until stopped.  A broken invariant anywhere on this path is raised here."""
+        """Step until stopped.  A broken invariant or executor is raised here."""
         loop = asyncio.get_running_loop()
         beat_s = 0.0
+
+        def on_broken(broken: Future[None]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._guarded, broken.result)
+
+        self._executor.broken.add_done_callback(on_broken)
         while not (self._stopping and not self._plans):
             if self._fault is not None:
                 raise self._fault
@@ -217,7 +223,13 @@ class StepLoop(Generic[Effect]):
         return result if len(faults) == len(result.faults) else replace(result, faults=faults)
 
     def _guarded(self, action: Callable[[], None]) -> None:
-        """Run a callback; its failure is a bug of ours, and ends the loop and the process."""
+        """Run a callback; its failure is a bug of ours, and ends the loop and the process.
+
+        Nothing counts after that: steps that fail because the executor is broken must not end
+        their requests, which are resumed on other workers.
+        """
+        if self._fault is not None:
+            return
         try:
             action()
         except BaseException as error:

@@ -30,9 +30,11 @@ class Chunk:
 
     ``tokens`` are their ids, or empty when the one token is the slot's latest sampled one,
     which an earlier, possibly unsettled, step leaves on the device.
-    ``blocks`` cover ``[0, stop)`` in sequence order.
+    ``blocks`` cover ``[0, stop)`` in sequence order; into what they cover beyond it the executor
+    may write while it guesses.
     The last ``draft_count`` tokens are guesses: the step samples after the token before them
-    and after each guess that was right, so it brings 1 to ``draft_count + 1`` tokens.
+    and after each guess that was right, so it brings 1 to ``draft_count + 1`` tokens.  What it
+    writes behind a wrong guess is worth nothing, and is written over by the next chunk.
     """
 
     key: Key

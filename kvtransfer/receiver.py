@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtransfer import copyplan, landed
-from kvtransfer.checksum import checksum
+from kvtransfer import copyplan, landed, shards
+from kvtransfer.checksum import checksums
 from kvtransfer.landed import LandedMessage
 from kvtransfer.receiver_link import Connection, SourceLink
 from kvtransfer.receiver_session import (
@@ -89,6 +89,7 @@ class KvReceiver:
         network: Network = GRPC,
     ) -> None:
         del config  # nothing here waits for a set time: only proof makes a block safe
+        assert (fault := shards.fault(memory)) is None, fault
         self._memory = memory
         self._transport = transport
         self._worker = worker
@@ -106,7 +107,10 @@ class KvReceiver:
         """Open the data plane; raises ``InvalidConfig`` where it is not usable."""
         self._loop = asyncio.get_running_loop()
         self._transport.start(self._message, self._loop.call_soon_threadsafe)
-        self._memory_key = self._transport.map(self._memory.address, self._memory.size_bytes)
+        self._memory_keys = tuple(
+            self._transport.map(shard.address, shards.size_bytes(self._memory, shard))
+            for shard in self._memory.shards
+        )
 
     async def close(self) -> None:
         """Hang up, and let go of threads and endpoints.  Idempotent.
@@ -261,7 +265,7 @@ class KvReceiver:
                 address,
                 self,
                 self._memory,
-                self._memory_key,
+                self._memory_keys,
                 self._transport,
                 worker=self._worker,
                 incarnation=self._incarnation,
@@ -343,13 +347,14 @@ class KvReceiver:
         session = handoff.session
         pieces = session.blocks[session.held_count :]
 
-        hashing = self._loop.run_in_executor(self._hasher, checksum, self._memory, pieces)
+        hashing = self._loop.run_in_executor(self._hasher, checksums, self._memory, pieces)
         hashing.add_done_callback(lambda done: self._compare(handoff, done.result()))
 
-    def _compare(self, handoff: _Handoff, seen: int) -> None:
+    def _compare(self, handoff: _Handoff, values: tuple[int, ...]) -> None:
         if handoff.session.state is not State.VERIFYING:
             return
         wanted = handoff.checksum
+        seen = next((value for value in values if value != wanted), wanted)
         if seen == wanted:
             self._step(handoff, Verified())
             return

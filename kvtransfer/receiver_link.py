@@ -162,7 +162,7 @@ class SourceLink:
         address: str,
         owner: LinkOwner,
         memory: KvMemory,
-        memory_key: bytes,
+        memory_keys: tuple[bytes, ...],
         transport: Transport,
         *,
         worker: str,
@@ -172,7 +172,7 @@ class SourceLink:
         self.address = address
         self._owner = owner
         self._memory = memory
-        self._memory_key = memory_key
+        self._memory_keys = memory_keys
         self._transport = transport
         self._worker = worker
         self._incarnation = incarnation
@@ -227,7 +227,7 @@ class SourceLink:
     async def _dial(self, channel: grpc.aio.Channel) -> Connection:
         own = decode_hello(
             self._memory,
-            self._memory_key,
+            self._memory_keys,
             self._transport,
             worker=self._worker,
             incarnation=self._incarnation,
@@ -259,6 +259,6 @@ class SourceLink:
             raise RemoteProtocolError(f"{self.address}: hello: {refusal}")
         connection = Connection(call, own.session_id, hello)
         connection.attach(
-            self._transport.connect(hello.transport_address, b"", connection.endpoint_lost)
+            self._transport.connect(hello.transport_address, (), connection.endpoint_lost)
         )
         return connection

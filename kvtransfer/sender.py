@@ -13,10 +13,11 @@ from typing import Protocol
 
 import grpc
 
-from kvtransfer import copyplan
+from kvtransfer import copyplan, shards
 from kvtransfer.buffer import DestinationBuffer, Verdict
 from kvtransfer.checksum import checksum
-from kvtransfer.hello import HELLO_S, fault, mismatch, prefill_hello
+from kvtransfer.copyplan import Part, Place
+from kvtransfer.hello import HELLO_S, PeerPool, mismatch, pool_of, prefill_hello
 from kvtransfer.landed import LandedMessage
 from kvtransfer.sender_events import (
     Abandoned,
@@ -91,7 +92,11 @@ class KvSender:
         events: SenderEvents,
     ) -> None:
         self.servicer: transfer_service_pb2_grpc.TransferServiceServicer = _Servicer(self)
+        assert (fault := shards.fault(memory)) is None, fault
         self._memory = memory
+        self._shape = shards.shape_of(memory)
+        self._parts = copyplan.parts(memory.layout, self._shape)
+        self._spares = copyplan.spares(memory.layout, self._shape)
         self._transport = transport
         self._worker = worker
         self._incarnation = incarnation
@@ -117,7 +122,8 @@ class KvSender:
         self._loop = asyncio.get_running_loop()
         self._clock = WorkClock(self._loop.time)
         self._transport.start(self._stray, self._loop.call_soon_threadsafe)
-        self._transport.map(self._memory.address, self._memory.size_bytes)
+        for shard in self._memory.shards:
+            self._transport.map(shard.address, shards.size_bytes(self._memory, shard))
 
     async def close(self) -> None:
         """End every hand-off and link, and let go of threads and endpoints.  Idempotent."""
@@ -152,7 +158,7 @@ class KvSender:
             SenderSession(
                 key,
                 blocks,
-                layer_count=layout.layer_count,
+                parts=self._parts,
                 block_tokens=layout.block_tokens,
                 token_count=token_count,
                 computed_count=computed_count,
@@ -165,9 +171,11 @@ class KvSender:
         if early is not None:
             self._place(handoff, self._links[early.link], early)
 
-    def layer_done(self, key: Key, layer: int, token_count: int) -> None:
-        """Take note that a layer's KV of the first ``token_count`` tokens is written."""
-        self._tell(key, Signalled(layer, token_count))
+    def layer_done(self, key: Key, layer: int, token_count: int, shard: int) -> None:
+        """Take note that a layer's KV of the first ``token_count`` tokens is in that shard."""
+        part = Part(layer, shard)
+        if part not in self._spares:
+            self._tell(key, Signalled(part, token_count))
 
     def complete(self, key: Key, first_token: int) -> None:
         """Take note that the prompt is computed; from here on the clock runs."""
@@ -239,22 +247,24 @@ class KvSender:
         )
         await context.write(transfer_service_pb2.PrefillMessage(hello=own))
         hello = first.hello
-        refusal = mismatch(hello, self._memory, self._transport) or fault(hello, self._memory)
-        if refusal is not None:
+        pool = mismatch(hello, self._memory, self._transport) or pool_of(hello, self._memory.layout)
+        if isinstance(pool, str):
             self._dropped["bad_hello"] += 1
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {refusal}")
-        link = self._join(hello)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {pool}")
+        link = self._join(hello, pool)
         await link.serve(context, self._receive)
         await context.abort(grpc.StatusCode.UNAVAILABLE, link.over_because or "")
 
-    def _join(self, hello: transfer_service_pb2.DecodeHello) -> DecodeLink:
+    def _join(self, hello: transfer_service_pb2.DecodeHello, pool: PeerPool) -> DecodeLink:
         for old in list(self._links.values()):
             if old.worker == hello.worker:
                 # Before anything of the new one is read: what the old one still has to say
                 # must not start a write that the new one was told is over.
                 old.end("the decode worker came back")
         self._link_count += 1
-        link = DecodeLink(self._link_count, hello, self._link_over)
+        target = shards.shape_of(pool.memory)
+        routes = copyplan.routes(self._memory.layout, self._shape, target)
+        link = DecodeLink(self._link_count, hello, pool, routes, self._link_over)
         self._links[link.number] = link
         link.connect(self._transport, hello)
         return link
@@ -350,8 +360,8 @@ class KvSender:
         del message
         self._dropped["stray_message"] += 1
 
-    def _pushed(self, handoff: _Handoff, layer: int, error: str | None) -> None:
-        self._step(handoff, Pushed(layer) if error is None else PushFailed(layer, error))
+    def _pushed(self, handoff: _Handoff, part: Part, error: str | None) -> None:
+        self._step(handoff, Pushed(part) if error is None else PushFailed(part, error))
 
     def _sent(self, handoff: _Handoff, error: str | None) -> None:
         self._step(handoff, Sent() if error is None else SendFailed(error))
@@ -401,8 +411,8 @@ class KvSender:
     def _carry_out(self, handoff: _Handoff, command: Command) -> None:
         key = handoff.session.key
         match command:
-            case Push(destination, layer, start, stop):
-                self._push(handoff, destination, layer, start, stop)
+            case Push(destination, part, start, stop):
+                self._push(handoff, destination, part, start, stop)
             case SendLanded(destination, first_token):
                 self._send_landed(handoff, destination, first_token)
             case Welcome():
@@ -420,25 +430,22 @@ class KvSender:
                 self._loop.call_soon(self._events.handoff_ended, key, error)
 
     def _push(
-        self, handoff: _Handoff, destination: Destination, layer: int, start: int, stop: int
+        self, handoff: _Handoff, destination: Destination, part: Part, start: int, stop: int
     ) -> None:
         link = self._links[destination.link]
-        runs = copyplan.plan(
-            self._memory.layout,
-            layer,
-            handoff.session.blocks[start:stop],
-            destination.blocks[start:stop],
-            source_block_count=self._memory.block_count,
-            target_block_count=link.block_count,
-        )
-        link.push(
-            [
-                (self._memory.address + source, link.memory_base + target, size)
-                for source, target, size in runs
-            ],
-            self._config.push_s,
-            lambda error: self._pushed(handoff, layer, error),
-        )
+        own, theirs = self._memory, link.memory
+        runs = [
+            run
+            for way in link.routes[part]
+            for run in copyplan.plan(
+                way,
+                handoff.session.blocks[start:stop],
+                destination.blocks[start:stop],
+                source=Place(own.shards[part.shard].address, own.block_count),
+                target=Place(theirs.shards[way.target].address, theirs.block_count),
+            )
+        ]
+        link.push(runs, self._config.push_s, lambda error: self._pushed(handoff, part, error))
 
     def _send_landed(self, handoff: _Handoff, destination: Destination, first_token: int) -> None:
         link = self._links[destination.link]

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvtransfer.copyplan import Part
+
 
 @dataclass(frozen=True, slots=True)
 class Destination:
@@ -9,12 +11,14 @@ class Destination:
 
     blocks: in sequence order, for the whole prompt.  The first ``held_count`` blocks are
     there already.  ``link`` names the link it came over, and is the sender's own number.
+    push_blocks_max: how many blocks one push may cover; what is left follows in the next.
     """
 
     epoch: int
     link: int
     blocks: tuple[int, ...]
     held_count: int
+    push_blocks_max: int
 
 
 # Events.
@@ -22,9 +26,9 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Signalled:
-    """The KV of the first ``token_count`` tokens is written in ``layer``."""
+    """The KV of the first ``token_count`` tokens is written in ``part``."""
 
-    layer: int
+    part: Part
     token_count: int
 
 
@@ -44,16 +48,16 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """The push of ``layer`` is flushed."""
+    """The push of ``part`` is flushed."""
 
-    layer: int
+    part: Part
 
 
 @dataclass(frozen=True, slots=True)
 class PushFailed:
-    """The push of ``layer`` is over, and something of it may be missing."""
+    """The push of ``part`` is over, and something of it may be missing."""
 
-    layer: int
+    part: Part
     message: str
 
 
@@ -101,7 +105,7 @@ class Abandoned:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Every block of every layer is pushed and flushed, and the first token is known."""
+    """Every block of every part is pushed and flushed, and the first token is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +135,10 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """Copy positions ``[start, stop)`` of ``layer`` to the destination; answer ``Pushed``."""
+    """Copy positions ``[start, stop)`` of ``part`` to the destination; answer ``Pushed``."""
 
     destination: Destination
-    layer: int
+    part: Part
     start: int
     stop: int
 

@@ -7,15 +7,18 @@ from typing import Any
 
 import grpc
 
-from kvtransfer import landed
+from kvtransfer import copyplan, landed
+from kvtransfer.copyplan import Routes
+from kvtransfer.hello import PeerPool
 from kvtransfer.landed import LandedMessage
 from kvtransfer.sender_events import Destination
-from kvtransfer.transport.base import Done, Endpoint, Transport
+from kvtransfer.transport.base import Done, Endpoint, Run, Transport
 from pdserve import failpoints, wire
 from pdserve.request import Key
 from pdserve.v1 import transfer_service_pb2
 
 OUTBOX_MAX = 1 << 16
+PUSH_RUNS_MAX = 4096  # each may be a request of the transport's, and all are posted in one go
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -30,19 +33,28 @@ class DecodeLink:
         self,
         number: int,
         hello: transfer_service_pb2.DecodeHello,
+        pool: PeerPool,
+        routes: Routes,
         on_over: Callable[["DecodeLink", str], None],
     ) -> None:
         self.number = number
         self.worker = hello.worker
         self.session_id = hello.session_id
-        self.memory_base = hello.memory_base
-        self.block_count = hello.block_count
+        self.memory = pool.memory
+        self.routes = routes
+        self.push_blocks_max = copyplan.blocks_for(routes, PUSH_RUNS_MAX)
+        self._keys = pool.keys
         self._endpoint: Endpoint | None = None
         self.over_because: str | None = None
         self._on_over = on_over
         self._outbox: asyncio.Queue[transfer_service_pb2.PrefillMessage | None] = asyncio.Queue(
             OUTBOX_MAX
         )
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of the decode worker's pool."""
+        return self.memory.block_count
 
     @property
     def is_over(self) -> bool:
@@ -69,12 +81,10 @@ class DecodeLink:
 
     def connect(self, transport: Transport, hello: transfer_service_pb2.DecodeHello) -> None:
         """Open the way to the decode worker's pool."""
-        self._endpoint = transport.connect(
-            hello.transport_address, hello.memory_key, self.endpoint_lost
-        )
+        self._endpoint = transport.connect(hello.transport_address, self._keys, self.endpoint_lost)
 
-    def push(self, runs: Sequence[tuple[int, int, int]], timeout_s: float, done: Done) -> None:
-        """Write (own address, peer's address, size) runs into the decode worker's pool.
+    def push(self, runs: Sequence[Run], timeout_s: float, done: Done) -> None:
+        """Write runs into the decode worker's pool, whose shards they name by number.
 
         One that cannot even begin fails as one that breaks does: it ends one hand-off (V11).
         """
@@ -183,4 +193,4 @@ def destination_of(
         return f"blocks {min(blocks)} to {max(blocks)}; wanted 0 to {link.block_count - 1}"
     if len(set(blocks)) != len(blocks):
         return "a block named twice"
-    return Destination(message.epoch, link.number, blocks, held_count)
+    return Destination(message.epoch, link.number, blocks, held_count, link.push_blocks_max)

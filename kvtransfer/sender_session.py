@@ -1,16 +1,18 @@
 """The sender's half of one KV hand-off.
 
 Every transition is in ``TRANSITIONS``, and nowhere else.  Layer signals and the destination
-come in either order: signals are kept per layer, cumulative, the latest wins, and whatever is
-both computed and wanted is pushed as soon as both are known.
+come in either order: signals are kept per part, cumulative, the latest wins, and whatever is
+both computed and wanted is pushed as soon as both are known.  A part is a layer in one of the
+source's shards; no part waits for another one.
 
 The rule the machine exists for: nobody is told that a hand-off is over while one of its
 writes may still be on the way.  Whatever ends it, a fence comes first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 
+from kvtransfer.copyplan import Part
 from kvtransfer.sender_events import (
     Abandoned,
     AckRevoke,
@@ -108,7 +110,8 @@ class SenderSession:
     """Steps one hand-off from its opening to its end; the caller carries out the commands.
 
     blocks: the source, in sequence order.  ``computed_count`` of the ``token_count`` tokens
-    are in the cache already, in every layer.
+    are in the cache already, in every part.
+    parts: all that has to be pushed; each head of each layer is in one of them.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class SenderSession:
         key: Key,
         blocks: Sequence[int],
         *,
-        layer_count: int,
+        parts: Sequence[Part],
         block_tokens: int,
         token_count: int,
         computed_count: int,
@@ -132,9 +135,9 @@ class SenderSession:
         self.token_count = token_count
         self.refused_count = 0
         self._block_tokens = block_tokens
-        self._signals = [computed_count] * layer_count  # tokens written, per layer
-        self._pushed = [0] * layer_count  # positions flushed at the destination, per layer
-        self._pushing: dict[int, int] = {}  # layer -> stop of its outstanding push
+        self._signals = dict.fromkeys(parts, computed_count)  # tokens written
+        self._pushed = dict.fromkeys(parts, 0)  # positions flushed at the destination
+        self._pushing: dict[Part, int] = {}  # stop of the outstanding push
         self._is_sending = False
         self._first_token: int | None = None
         self._epoch_min = 0  # smaller ones are stale
@@ -180,8 +183,10 @@ class SenderSession:
 
     @property
     def pending_signal_count(self) -> int:
-        """Layers that are signalled and wait for a destination."""
-        return sum(count > 0 for count in self._signals) if self.destination is None else 0
+        """Parts that are signalled and wait for a destination."""
+        if self.destination is not None:
+            return 0
+        return sum(count > 0 for count in self._signals.values())
 
     def _is_active(self, epoch: int) -> bool:
         return self.destination is not None and self.destination.epoch == epoch
@@ -195,9 +200,9 @@ class SenderSession:
 
     def _admits(self, event: Event) -> bool:
         match event:
-            case Signalled(layer, token_count):
-                is_known = 0 <= layer < len(self._signals)
-                return is_known and self._signals[layer] < token_count <= self.token_count
+            case Signalled(part, token_count):
+                is_known = part in self._signals
+                return is_known and self._signals[part] < token_count <= self.token_count
             case Completed():
                 return self._first_token is None
             case Placed(destination):
@@ -206,8 +211,8 @@ class SenderSession:
                     and len(destination.blocks) == self.block_count
                     and 0 <= destination.held_count <= self.block_count
                 )
-            case Pushed(layer) | PushFailed(layer):
-                return layer in self._pushing
+            case Pushed(part) | PushFailed(part):
+                return part in self._pushing
             case Sent() | SendFailed():
                 return self._is_sending
             case Lost(link):
@@ -222,26 +227,26 @@ class SenderSession:
 
     def _act(self, event: Event, before: State) -> tuple[Command, ...]:
         match event:
-            case Signalled(layer, token_count):
-                self._signals[layer] = token_count
-                return self._advance()
+            case Signalled(part, token_count):
+                self._signals[part] = token_count
+                return self._advance((part,))
             case Completed(first_token):
                 self._first_token = first_token
-                return self._advance()
+                return self._advance(())
             case Placed(destination):
                 self._epoch_min = destination.epoch + 1
                 if before is State.WAITING:
                     return self._start(destination)
                 self._next = destination
                 return self._settle()
-            case Pushed(layer):
-                stop = self._pushing.pop(layer)
+            case Pushed(part):
+                stop = self._pushing.pop(part)
                 if before is not State.PUSHING:
                     return self._settle()
-                self._pushed[layer] = stop
-                return self._advance()
-            case PushFailed(layer, message):
-                del self._pushing[layer]
+                self._pushed[part] = stop
+                return self._advance((part,))
+            case PushFailed(part, message):
+                del self._pushing[part]
                 return self._end(message) if before is State.PUSHING else self._settle()
             case Sent():
                 self._is_sending = False
@@ -270,29 +275,30 @@ class SenderSession:
 
     def _start(self, destination: Destination) -> tuple[Command, ...]:
         self.destination = destination
-        self._pushed = [destination.held_count] * len(self._signals)
+        self._pushed = dict.fromkeys(self._signals, destination.held_count)
         welcome = () if self._was_welcomed else (Welcome(),)
         self._was_welcomed = True
-        return welcome + self._advance()
+        return welcome + self._advance(self._signals)
 
-    def _advance(self) -> tuple[Command, ...]:
-        """Push what is both computed and wanted; finish when nothing is left."""
+    def _advance(self, parts: Iterable[Part]) -> tuple[Command, ...]:
+        """Push what of these is both computed and wanted; finish when nothing at all is left."""
         if self.state is not State.PUSHING:
             return ()
         assert self.destination is not None, "pushing to nowhere"
         commands: list[Command] = []
-        for layer, start in enumerate(self._pushed):
-            stop = self._ready_count(layer)
-            if layer not in self._pushing and start < stop:
-                self._pushing[layer] = stop
-                commands.append(Push(self.destination, layer, start, stop))
+        for part in parts:
+            start = self._pushed[part]
+            stop = min(self._ready_count(part), start + self.destination.push_blocks_max)
+            if part not in self._pushing and start < stop:
+                self._pushing[part] = stop
+                commands.append(Push(self.destination, part, start, stop))
         if self._is_everything_there:
             return self.step(Finished())
         return tuple(commands)
 
-    def _ready_count(self, layer: int) -> int:
-        """Count a layer's positions that may be pushed: whole blocks only, until the end."""
-        tokens = self._signals[layer]
+    def _ready_count(self, part: Part) -> int:
+        """Count a part's positions that may be pushed: whole blocks only, until the end."""
+        tokens = self._signals[part]
         is_final = tokens == self.token_count
         return self.block_count if is_final else tokens // self._block_tokens
 
@@ -300,8 +306,8 @@ class SenderSession:
     def _is_everything_there(self) -> bool:
         return (
             self._first_token is not None
-            and all(count == self.token_count for count in self._signals)
-            and all(count == self.block_count for count in self._pushed)
+            and all(count == self.token_count for count in self._signals.values())
+            and all(count == self.block_count for count in self._pushed.values())
         )
 
     def _end(self, message: str) -> tuple[Command, ...]:
@@ -354,14 +360,15 @@ class SenderSession:
                 assert self._is_sending, "nothing to wait for"
             case State.RETREATING | State.ENDING:
                 assert is_out, "nothing to wait for"
-        for layer, count in enumerate(self._pushed):
-            stop = self._pushing.get(layer, count)
+        for part, count in self._pushed.items():
+            stop = self._pushing.get(part, count)
             if self.state is State.PUSHING:
-                assert count <= stop <= max(self._ready_count(layer), count), "pushed too much"
+                assert count <= stop <= max(self._ready_count(part), count), "pushed too much"
 
     def __repr__(self) -> str:
         epoch = "-" if self.destination is None else self.destination.epoch
+        flushed = min(self._pushed.values())
         return (
             f"<SenderSession {self.key!r} {self.state.value} epoch {epoch}, "
-            f"{min(self._pushed)}/{self.block_count} blocks, {len(self._pushing)} pushes out>"
+            f"{flushed}/{self.block_count} blocks, {len(self._pushing)} pushes out>"
         )

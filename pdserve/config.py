@@ -42,7 +42,7 @@ class ModelConfig:
     name: str = setting("", "Name under /v1/models; empty takes the folder's name")
     dtype: str = setting(
         "auto",
-        "Arithmetic and weights; auto is float32 on the CPU",
+        "Arithmetic and weights; auto is float32 on the CPU, bfloat16 on a GPU",
         choices=("auto", "float32", "bfloat16"),
     )
     weights: str = setting(
@@ -96,7 +96,11 @@ class PrefillConfig:
     sequences_max: int = setting(16, "Requests admitted at once", low=1, high=4096)
     kv_blocks: int = setting(0, "KV blocks; 0 derives them from kv_bytes", low=0, high=1 << 24)
     kv_bytes: int = setting(
-        64 << 20, "KV pool size where kv_blocks is 0", unit="bytes", low=1 << 16, high=1 << 44
+        64 << 20,
+        "KV pool size of one rank where kv_blocks is 0",
+        unit="bytes",
+        low=1 << 16,
+        high=1 << 44,
     )
     token_budget: int = setting(512, "Tokens of one step", unit="tokens", low=1, high=1 << 20)
     step_depth: int = setting(2, "Steps in flight", low=1, high=16)
@@ -133,7 +137,11 @@ class DecodeConfig:
     sequences_max: int = setting(16, "Requests reserved or running at once", low=1, high=4096)
     kv_blocks: int = setting(0, "KV blocks; 0 derives them from kv_bytes", low=0, high=1 << 24)
     kv_bytes: int = setting(
-        64 << 20, "KV pool size where kv_blocks is 0", unit="bytes", low=1 << 16, high=1 << 44
+        64 << 20,
+        "KV pool size of one rank where kv_blocks is 0",
+        unit="bytes",
+        low=1 << 16,
+        high=1 << 44,
     )
     step_depth: int = setting(2, "Steps in flight", low=1, high=16)
     inbox_max: int = setting(256, "Reservations waiting for blocks", low=1, high=1 << 16)
@@ -323,6 +331,17 @@ class ClusterConfig:
                 f"heartbeat: wanted interval_s < suspect_s <= dead_s, saw {beat.interval_s}, "
                 f"{beat.suspect_s}, {beat.dead_s}"
             )
+
+    @property
+    def worker_model(self) -> ModelConfig:
+        """The model as all workers load it: one arithmetic, so that they pair.
+
+        Ranks compute with torch; so does everybody else where one role has ranks.
+        """
+        has_ranks = any(own.tp * own.pp > 1 for own in (self.prefill, self.decode))
+        if has_ranks and self.model.backend == "auto":
+            return dataclasses.replace(self.model, backend="torch")
+        return self.model
 
 
 def load(path: Path | None, overrides: Mapping[str, object] | None = None) -> ClusterConfig:

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import sys
 
-from engine.device.loading import load_executor
+from engine.device.parallel.loading import load_worker_executor
 from engine.device.resources import Resources
+from engine.speculation.choice import for_prefill
 from kvtransfer.transport import make_transport
 from pdserve.edge.history import HistoryFile
 from pdserve.edge.hosting import host
@@ -21,7 +22,12 @@ def main() -> int:
     log_to_stderr(arguments.name)
     own = config.prefill
     try:
-        executor = load_executor(config.model, Resources.of(own, config.kv), config.speculation)
+        executor = load_worker_executor(
+            config.worker_model,
+            Resources.of(own, config.kv),
+            for_prefill(config.speculation),
+            section="prefill",
+        )
     except PdserveError as error:
         logging.getLogger(__name__).error("%s", error)
         return 1

@@ -69,7 +69,7 @@ class PrefillWorker:
             block_tokens=self._holdings.block_tokens,
             sequences_max=own.sequences_max,
             token_budget=own.token_budget,
-            step_depth=own.step_depth,
+            step_depth=own.pp - 1 + own.step_depth,
             inbox_max=own.inbox_max,
             credits=own.credits,
             context_tokens_max=executor.model.context_tokens_max,
@@ -207,9 +207,8 @@ class PrefillWorker:
     # What the loop brings.
 
     def _layer_done(self, plan: StepPlan, layer: int, shard: int) -> None:
-        assert shard == 0, f"shard {shard} of a pool of one"
         for chunk in plan.chunks:
-            self._sender.layer_done(chunk.key, layer, chunk.stop)
+            self._sender.layer_done(chunk.key, layer, chunk.stop, shard)
 
     def _apply(self, effects: tuple[Effect, ...]) -> None:
         for effect in effects:

@@ -27,6 +27,8 @@ STATES = (
     "late landing dropped",
     "checksum mismatch",
     "deep pipeline",
+    "right guess",
+    "wrong guess",
     "pause reached abort",
     "pause reached finish",
     "pause reached keep",

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kvtransfer.transport.base import Done, HandOver, OnLost, OnMessage
+from kvtransfer.transport.base import Done, HandOver, OnLost, OnMessage, Run
 from sim.clock import SimulationError
 from sim.links import Links, Parcel
 from sim.node import Change, Node
@@ -24,8 +24,6 @@ SPREAD_S = 0.002
 QUIET_S = 0.01
 SPLIT_CHANCE = 0.3
 LEFT_ON_WIRE_CHANCE = 0.5
-
-Run = tuple[int, int, int]
 
 
 class SimDataPlane:
@@ -85,7 +83,7 @@ class SimTransport:
         self.plane = plane
         self.is_over = False
         self.endpoints: dict[SimEndpoint, None] = {}
-        self._regions: list[tuple[int, int]] = []
+        self._regions: dict[bytes, tuple[int, int]] = {}
         self._inbound: dict[_Piece, None] = {}
         self._drains: list[_Drain] = []
         self._on_message: OnMessage | None = None
@@ -102,12 +100,13 @@ class SimTransport:
 
     def map(self, address: int, size_bytes: int) -> bytes:
         """See ``transport.base``."""
-        self._regions.append((address, size_bytes))
-        return b"key of " + self.address
+        key = b"key %d of %s" % (len(self._regions), self.address)
+        self._regions[key] = (address, size_bytes)
+        return key
 
-    def connect(self, address: bytes, key: bytes, on_lost: OnLost) -> "SimEndpoint":
+    def connect(self, address: bytes, keys: Sequence[bytes], on_lost: OnLost) -> "SimEndpoint":
         """See ``transport.base``."""
-        endpoint = SimEndpoint(self, address, key, on_lost)
+        endpoint = SimEndpoint(self, address, tuple(keys), on_lost)
         if self.is_over:
             endpoint.fail("the data plane is closed", is_reset=False)
         else:
@@ -159,11 +158,12 @@ class SimTransport:
         """Return the endpoints to one peer."""
         return [endpoint for endpoint in self.endpoints if endpoint.target == address]
 
-    def has(self, address: int, size_bytes: int) -> bool:
-        """Say whether memory is registered here."""
+    def has(self, address: int, size_bytes: int, key: bytes | None = None) -> bool:
+        """Say whether memory is registered here, under that key if one is given."""
         return any(
             start <= address and address + size_bytes <= start + length
-            for start, length in self._regions
+            for known, (start, length) in self._regions.items()
+            if key is None or key == known
         )
 
     def expect(self, piece: "_Piece") -> None:
@@ -208,10 +208,12 @@ class _Drain:
 class SimEndpoint:
     """One direction from one transport to another."""
 
-    def __init__(self, owner: SimTransport, target: bytes, key: bytes, on_lost: OnLost) -> None:
+    def __init__(
+        self, owner: SimTransport, target: bytes, keys: tuple[bytes, ...], on_lost: OnLost
+    ) -> None:
         self.owner = owner
         self.target = target
-        self.key = key
+        self.keys = keys
         self.fault: str | None = None
         self._on_lost: OnLost | None = on_lost
         self._operations: dict[_Operation, None] = {}
@@ -233,7 +235,7 @@ class SimEndpoint:
 
     def send(self, message: bytes, timeout_s: float, done: Done) -> None:
         """See ``transport.base``."""
-        self._post(_Operation(self, done), [(0, 0, len(message))], message, timeout_s)
+        self._post(_Operation(self, done), [(0, 0, len(message), 0)], message, timeout_s)
 
     def close(self, done: Callable[[], None] | None = None) -> None:
         """See ``transport.base``."""
@@ -298,11 +300,14 @@ class SimEndpoint:
         self._on_closed.clear()
 
     def _split(self, run: Run) -> list[Run]:
-        source, target, size = run
+        source, target, size, memory = run
         if size < 2 or self.owner.rng.random() >= SPLIT_CHANCE:
             return [run]
         first = self.owner.rng.randrange(1, size)
-        return [(source, target, first), (source + first, target + first, size - first)]
+        return [
+            (source, target, first, memory),
+            (source + first, target + first, size - first, memory),
+        ]
 
     def _post(
         self,
@@ -408,7 +413,7 @@ class _Piece:
         owner, plane = endpoint.owner, endpoint.owner.plane
         if endpoint.fault is not None or self._operation.is_answered:
             return
-        source, _, size = self._run
+        source, _, size, _ = self._run
         if self._message is None:
             if not owner.has(source, size):
                 raise SimulationError(f"{size} bytes at {source:#x} are not {owner.node.name}'s")
@@ -455,9 +460,9 @@ class _Piece:
         target.plane.links.carry(endpoint.back, 0, self._operation.acknowledge, self)
 
     def _write(self, target: SimTransport) -> None:
-        _, address, size = self._run
+        _, address, size, memory = self._run
         endpoint = self._operation.endpoint
-        if not target.has(address, size) or endpoint.key != b"key of " + target.address:
+        if not target.has(address, size, endpoint.keys[memory]):
             raise SimulationError(
                 f"{endpoint.owner.node.name} writes {size} bytes at {address:#x}, which are not "
                 f"registered at {target.node.name}"

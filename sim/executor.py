@@ -17,6 +17,7 @@ from engine.step import Chunk, SampledToken, StepPlan, StepResult
 from pdserve.errors import InvalidModel
 from pdserve.layout import KvLayout, KvMemory
 from pdserve.request import Key, Request
+from sim.guesses import GARBAGE, NO_GUESSES, Guesswork
 from sim.oracle import POISON, WORD, KvChain, Oracle, SimViolation
 
 
@@ -65,6 +66,7 @@ class _Run:
         default_factory=dict[Key, tuple[SampledToken, ...]]
     )
     faults: dict[Key, str] = field(default_factory=dict[Key, str])
+    drafts: dict[Key, tuple[int, ...]] = field(default_factory=dict[Key, tuple[int, ...]])
 
 
 class SimExecutor:
@@ -80,6 +82,7 @@ class SimExecutor:
         timing: DeviceTiming,
         rng: Random,
         on_violation: Callable[[SimViolation], None],
+        guesswork: Guesswork = NO_GUESSES,
     ) -> None:
         # Two float32 "heads" make one word of eight bytes for each token and layer.
         layout = KvLayout(oracle.layer_count, block_tokens, 1, 1, "float32")
@@ -90,6 +93,7 @@ class SimExecutor:
         )
         self.faults = DeviceFaults()
         self.name = name
+        self.broken: Future[None] = Future()
         self.in_flight_count = 0
         self.in_flight_max = 0
         self._oracle = oracle
@@ -97,6 +101,9 @@ class SimExecutor:
         self._timing = timing
         self._rng = rng
         self._on_violation = on_violation
+        self._guesswork = guesswork
+        self.right_count = 0
+        self.wrong_count = 0
         self._slots: dict[int, _Slot] = {}
         self._poisoned: set[Key] = set()
         self._free_s = 0.0
@@ -179,13 +186,23 @@ class SimExecutor:
             slot = self._slots.get(chunk.slot)
             if slot is None or slot.request.key != chunk.key:
                 raise self._violation(chunk, "runs in a slot that is not its own")
-            if len(slot.tokens) < chunk.stop:
-                raise self._violation(chunk, f"token {chunk.stop - 1} is not known")
-            if chunk.tokens and tuple(slot.tokens[chunk.start : chunk.stop]) != chunk.tokens:
+            known_stop = chunk.stop - chunk.draft_count
+            if len(slot.tokens) < known_stop:
+                raise self._violation(chunk, f"token {known_stop - 1} is not known")
+            if chunk.draft_count and len(slot.tokens) != known_stop:
+                raise self._violation(chunk, "guesses at what is known")
+            known = slot.tokens[:known_stop]
+            guesses = chunk.tokens[len(chunk.tokens) - chunk.draft_count :]
+            if chunk.tokens and (*known[chunk.start :], *guesses) != chunk.tokens:
                 raise self._violation(chunk, f"is given foreign tokens {chunk.tokens}")
-            if len(chunk.blocks) != -(-chunk.stop // self._block_tokens):
-                raise self._violation(chunk, f"has {len(chunk.blocks)} blocks")
-            slot.chain.extend(slot.tokens[len(slot.chain) : chunk.stop])
+            self._require_blocks(chunk)
+            slot.chain.extend([*known, *guesses][len(slot.chain) :])
+
+    def _require_blocks(self, chunk: Chunk) -> None:
+        reach = chunk.stop + self._guesswork.lookahead_tokens
+        low, high = (-(-stop // self._block_tokens) for stop in (chunk.stop, reach))
+        if not low <= len(chunk.blocks) <= high:
+            raise self._violation(chunk, f"has {len(chunk.blocks)} blocks")
 
     def _sample(self, run: _Run) -> None:
         if run.is_dead:
@@ -199,22 +216,42 @@ class SimExecutor:
         for chunk in run.plan.chunks:
             if not chunk.samples or chunk.key in run.faults:
                 continue
-            token = POISON
+            tokens = [POISON]
             if chunk.key not in self._poisoned:
                 try:
-                    token = self._next_token(chunk)
+                    tokens = self._next_tokens(chunk)
+                    run.drafts[chunk.key] = self._guess(self._slots[chunk.slot])
                 except SimViolation as violation:
                     self._on_violation(violation)
-            run.tokens[chunk.key] = (SampledToken(token),)
+            run.tokens[chunk.key] = tuple(map(SampledToken, tokens))
 
-    def _next_token(self, chunk: Chunk) -> int:
+    def _next_tokens(self, chunk: Chunk) -> list[int]:
+        """Choose a token, and one more behind each guess that is the token chosen."""
         slot = self._slots[chunk.slot]
-        kv_sum = 0
-        for layer in range(self._oracle.layer_count):
-            kv_sum += self._verify(chunk, slot.chain, layer, chunk.stop)
-        token = self._oracle.next_token(kv_sum, chunk.stop, slot.request.sampling)
-        slot.tokens.append(token)
-        return token
+        guesses = chunk.tokens[len(chunk.tokens) - chunk.draft_count :]
+        sampled: list[int] = []
+        while sampled == list(guesses[: len(sampled)]) and len(sampled) <= len(guesses):
+            stop = chunk.stop - chunk.draft_count + len(sampled)
+            kv_sum = 0
+            for layer in range(self._oracle.layer_count):
+                kv_sum += self._verify(chunk, slot.chain, layer, stop)
+            sampled.append(self._oracle.next_token(kv_sum, stop, slot.request.sampling))
+            slot.tokens.append(sampled[-1])
+        self.right_count += len(sampled) - 1
+        self.wrong_count += len(guesses) - (len(sampled) - 1)
+        if len(slot.chain) >= len(slot.tokens):  # behind a wrong guess nothing is known
+            slot.chain = self._oracle.chain(slot.request.key, slot.request.cache_salt)
+            slot.chain.extend(slot.tokens[:-1])
+        return sampled
+
+    def _guess(self, slot: _Slot) -> tuple[int, ...]:
+        def next_token(guesses: tuple[int, ...]) -> int:
+            ahead = KvChain(self._oracle.layer_count, slot.request.cache_salt)
+            ahead.extend([*slot.tokens, *guesses])
+            kv_sum = sum(map(sum, ahead.words))
+            return self._oracle.next_token(kv_sum, len(ahead), slot.request.sampling)
+
+        return self._guesswork.guess(self._oracle.vocab_size, next_token)
 
     def _deliver(self, run: _Run) -> None:
         self.in_flight_count -= 1
@@ -227,7 +264,7 @@ class SimExecutor:
         if run.faults:
             self.faults.faulted_count += 1
             self.faults.hit_requests |= {key.request_id for key in run.faults}
-        run.future.set_result(StepResult(run.plan.step, run.tokens, run.faults))
+        run.future.set_result(StepResult(run.plan.step, run.tokens, run.faults, run.drafts))
 
     # Memory.
 
@@ -256,6 +293,10 @@ class SimExecutor:
             place = (base + chunk.blocks[index]) * size + offset
             self._words[place : place + end - position] = expected[position:end]
             position = end
+        reach = chunk.stop + self._guesswork.lookahead_tokens
+        for position in range(chunk.stop, min(reach, len(chunk.blocks) * size)):
+            index, offset = divmod(position, size)
+            self._words[(base + chunk.blocks[index]) * size + offset] = GARBAGE
 
     def _stale(
         self, chunk: Chunk, layer: int, start: int, found: Sequence[int], wanted: Sequence[int]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from engine.step import Chunk, SampledToken, StepPlan, StepResult
 from pdserve.request import Key, Request
+from sim.guesses import GARBAGE, NO_GUESSES, Guesswork
 
 _MASK = (1 << 61) - 1
 
@@ -42,6 +43,8 @@ class PaperDevice:
     vocab_size: int
     memory: dict[int, int] = field(default_factory=dict[int, int])
     slots: dict[int, _Slot] = field(default_factory=dict[int, _Slot])
+    guesswork: Guesswork = NO_GUESSES
+    right_count: int = 0
 
     def next_token(self, tokens: Sequence[int]) -> int:
         """The token that follows ``tokens``."""
@@ -63,11 +66,13 @@ class PaperDevice:
         for binding in plan.bindings:
             self.slots[binding.slot] = _Slot(binding.request, list(binding.output))
         sampled: dict[Key, tuple[SampledToken, ...]] = {}
+        drafts: dict[Key, tuple[int, ...]] = {}
         for chunk in plan.chunks:
-            token = self._compute(chunk)
-            if token is not None:
-                sampled[chunk.key] = (SampledToken(token),)
-        return StepResult(plan.step, sampled)
+            tokens = self._compute(chunk)
+            if tokens:
+                sampled[chunk.key] = tuple(map(SampledToken, tokens))
+                drafts[chunk.key] = self._guess(self.slots[chunk.slot])
+        return StepResult(plan.step, sampled, drafts=drafts)
 
     def write(self, blocks: Sequence[int], tokens: Sequence[int], start: int, stop: int) -> None:
         """Put the KV of ``tokens[start:stop]`` in its place, as a remote writer does."""
@@ -81,24 +86,50 @@ class PaperDevice:
             found = self.memory.get(self._place(blocks, position))
             _require(found == value, f"position {position} of {len(tokens)} is not its KV")
 
-    def _compute(self, chunk: Chunk) -> int | None:
+    def _compute(self, chunk: Chunk) -> list[int]:
         slot = self.slots[chunk.slot]
         owner = slot.request.key
         _require(owner == chunk.key, f"{chunk.key} runs in a slot of {owner}")
-        tokens = [*slot.request.prompt, *slot.output][: chunk.stop]
-        _require(len(tokens) == chunk.stop, f"{chunk.key}: token {chunk.stop - 1} is not known")
+        known_stop = chunk.stop - chunk.draft_count
+        known = [*slot.request.prompt, *slot.output]
+        _require(known_stop <= len(known), f"{chunk.key}: token {known_stop - 1} is not known")
+        if chunk.draft_count:
+            _require(known_stop == len(known), f"{chunk.key}: guesses at what is known")
+        guesses = chunk.tokens[len(chunk.tokens) - chunk.draft_count :]
+        tokens = known[:known_stop] + list(guesses)
         if chunk.tokens:
             is_own = tuple(tokens[chunk.start :]) == chunk.tokens
             _require(is_own, f"{chunk.key}: foreign tokens")
-        block_count = -(-chunk.stop // self.block_tokens)
-        _require(len(chunk.blocks) == block_count, f"{chunk.key}: not {block_count} blocks")
+        self._require_blocks(chunk)
         self.verify(chunk.blocks, tokens[: chunk.start])
         self.write(chunk.blocks, tokens, chunk.start, chunk.stop)
-        if not chunk.samples:
-            return None
-        token = self.next_token(tokens)
-        slot.output.append(token)
-        return token
+        self._scribble(chunk)
+        sampled: list[int] = []
+        while chunk.samples and sampled == list(guesses[: len(sampled)]):
+            sampled.append(self.next_token(tokens[: known_stop + len(sampled)]))
+            slot.output.append(sampled[-1])
+            if len(sampled) > len(guesses):
+                break
+        self.right_count += max(0, len(sampled) - 1)
+        return sampled
+
+    def _require_blocks(self, chunk: Chunk) -> None:
+        reach = chunk.stop + self.guesswork.lookahead_tokens
+        low, high = (-(-stop // self.block_tokens) for stop in (chunk.stop, reach))
+        seen = len(chunk.blocks)
+        _require(low <= seen <= high, f"{chunk.key}: {seen} blocks, not {low} to {high}")
+
+    def _scribble(self, chunk: Chunk) -> None:
+        """Write where a draft model may: behind the chunk, as far as it has blocks."""
+        reach = chunk.stop + self.guesswork.lookahead_tokens
+        for position in range(chunk.stop, min(reach, len(chunk.blocks) * self.block_tokens)):
+            self.memory[self._place(chunk.blocks, position)] = GARBAGE
+
+    def _guess(self, slot: _Slot) -> tuple[int, ...]:
+        known = [*slot.request.prompt, *slot.output]
+        return self.guesswork.guess(
+            self.vocab_size, lambda guesses: self.next_token([*known, *guesses])
+        )
 
     def _place(self, blocks: Sequence[int], position: int) -> int:
         return blocks[position // self.block_tokens] * self.block_tokens + (

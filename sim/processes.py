@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from random import Random
 from typing import Any
 
+from engine.speculation.choice import Guessing
 from pdserve.config import ClusterConfig
 from pdserve.edge.hosting import HostedWorker, host
 from pdserve.history.events import MemoryRecorder
@@ -15,6 +16,7 @@ from router.core import RouterCore
 from sim.clients import Client
 from sim.data_plane import SimDataPlane
 from sim.executor import DeviceTiming, SimExecutor
+from sim.guesses import NO_GUESSES, Guesswork
 from sim.network import SimNetwork
 from sim.node import Node
 from sim.oracle import Oracle, SimViolation
@@ -22,6 +24,7 @@ from sim.watch import Watch, WatchedDecode, WatchedPrefill
 
 PORT = 7000
 ROUTER = "router"
+RIGHT_CHANCE = 0.7
 
 
 class RouterProcess:
@@ -90,6 +93,7 @@ class WorkerProcess:
             timing=timing,
             rng=rng,
             on_violation=watch.violated,
+            guesswork=NO_GUESSES if self.is_prefill else _guesswork(config, self.incarnation),
         )
         self.history = MemoryRecorder(node.name, self.incarnation, node.loop.time)
         self.worker: WatchedPrefill | WatchedDecode | None = None
@@ -147,3 +151,11 @@ class WorkerProcess:
                 self._config, self._transport, network=self._network, **shared
             )
         return self.worker
+
+
+def _guesswork(config: ClusterConfig, incarnation: int) -> Guesswork:
+    """Guess as the settings say, with dice of its own."""
+    guessing = Guessing.of(config.speculation)
+    return Guesswork(
+        guessing.draft_tokens, RIGHT_CHANCE, Random(incarnation), guessing.lookahead_tokens
+    )

@@ -7,6 +7,7 @@ have no faults at all: there nothing may ever wait for a deadline.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from random import Random
 
 from pdserve.request import SamplingParams
@@ -25,6 +26,7 @@ from sim.schedule import (
 
 PRESSED_CHANCE = 0.35
 CALM_CHANCE = 0.1
+GUESSING_CHANCE = 0.3
 
 _CALM_KINDS = (*CLIENT_KINDS, Kind.FLUSH, Kind.ABORT_SOME, Kind.ABORT_ALL, Kind.SCALE_UP)
 
@@ -62,10 +64,28 @@ def make(seed: int) -> Schedule:
     rng = Random(seed)
     chance = rng.random()
     if chance < PRESSED_CHANCE:
-        return _pressed(rng, seed)
-    if chance < PRESSED_CHANCE + CALM_CHANCE:
-        return _swarm(rng, seed, _CALM_KINDS, is_tight=True)
-    return _swarm(rng, seed, tuple(Kind), is_tight=False)
+        schedule = _pressed(rng, seed)
+    elif chance < PRESSED_CHANCE + CALM_CHANCE:
+        schedule = _swarm(rng, seed, _CALM_KINDS, is_tight=True)
+    else:
+        schedule = _swarm(rng, seed, tuple(Kind), is_tight=False)
+    return replace(schedule, settings={**schedule.settings, **_guessing(seed)})
+
+
+def _guessing(seed: int) -> dict[str, object]:
+    """Guess, and decode in stages, in some worlds.
+
+    The dice are apart from all others, and thrown so that no seed of the corpus guesses: those
+    happen as they did before there were guesses.
+    """
+    rng = Random(f"guessing {seed}")
+    if rng.random() >= GUESSING_CHANCE:
+        return {}
+    return {
+        "speculation.proposer": rng.choice(("naive", "ngram", "draft")),
+        "speculation.draft_tokens": rng.choice((1, 2, 4, 8)),
+        "decode.pp": rng.choice((1, 1, 2, 3)),
+    }
 
 
 def _swarm(rng: Random, seed: int, kinds: tuple[Kind, ...], *, is_tight: bool) -> Schedule:

@@ -19,9 +19,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from decode.worker import DecodeWorker
-from engine.device.loading import load_executor
+from engine.device.parallel.loading import load_worker_executor
 from engine.device.resources import Resources
 from engine.executor import Executor, ModelInfo, OnLayer
+from engine.speculation.choice import for_prefill
 from engine.step import StepPlan, StepResult
 from kvtransfer.transport.memory import MemoryHub, MemoryTransport
 from pdserve.config import ClusterConfig
@@ -104,6 +105,11 @@ class HeldExecutor:
     def memory(self) -> KvMemory:
         """The inner executor's KV pool."""
         return self._inner.memory
+
+    @property
+    def broken(self) -> Future[None]:
+        """The inner executor's."""
+        return self._inner.broken
 
     @property
     def held_count(self) -> int:
@@ -211,13 +217,15 @@ class ScriptedWorker:
     def __init__(
         self, config: ClusterConfig, role: type[PrefillWorker | DecodeWorker], hub: MemoryHub
     ) -> None:
-        own = config.prefill if role is PrefillWorker else config.decode
-        name = "prefill-0" if role is PrefillWorker else "decode-0"
+        is_prefill = role is PrefillWorker
+        own = config.prefill if is_prefill else config.decode
+        name = "prefill-0" if is_prefill else "decode-0"
+        guesses = for_prefill(config.speculation) if is_prefill else config.speculation
         incarnation = new_incarnation()
         self._history = HistoryFile(config.history, name, incarnation)
         self.pace = Pace()
         self.executor = HeldExecutor(
-            load_executor(config.model, Resources.of(own, config.kv), config.speculation)
+            load_worker_executor(config.worker_model, Resources.of(own, config.kv), guesses)
         )
         self._server = GRPC.server()
         port = self._server.add_insecure_port("127.0.0.1:0")

@@ -211,6 +211,8 @@ class World:
         self.counts[Kind.STEP_DIES.value] += device.faults.died_count
         self.counts[Kind.REQUEST_FAULT.value] += device.faults.faulted_count
         self.counts["deep pipeline"] += device.in_flight_max >= 3
+        self.counts["right guess"] += device.right_count
+        self.counts["wrong guess"] += device.wrong_count
 
     # The play.
 

@@ -28,6 +28,7 @@ TILE = 64
 _SPAN_TOKENS_MAX = 64
 _SCORES_MAX = 1 << 25
 _TILES_TOGETHER = 8
+_QUERIES_TOGETHER = 33  # one token and as many guesses as a step may have
 _ROWS_MIN_CANDIDATES = (2, 4, 8, 16)
 
 
@@ -66,17 +67,19 @@ class Group:
 def order_spans(spans: Sequence[Span]) -> list[list[int]]:
     """Give which spans to compute together, so that little is padded: lists of indexes.
 
-    Single queries of similar length share a call; anything longer has its own.
+    Few queries, equally many, behind texts of similar length share a call; anything longer has
+    its own.
     """
-    buckets: dict[int, list[int]] = {}
+    buckets: dict[tuple[int, int], list[int]] = {}
     alone: list[list[int]] = []
     for index, span in enumerate(spans):
-        if span.stop - span.start > 1:
+        query_count = span.stop - span.start
+        if query_count > _QUERIES_TOGETHER:
             alone.append([index])
             continue
         tiles = -(-span.stop // TILE)
         bucket = _TILES_TOGETHER if tiles <= _TILES_TOGETHER else 1 << (tiles - 1).bit_length()
-        buckets.setdefault(bucket, []).append(index)
+        buckets.setdefault((query_count, bucket), []).append(index)
     return [buckets[bucket] for bucket in sorted(buckets)] + alone
 
 

@@ -70,6 +70,7 @@ def build_batch(
     places: list[int] = []
     wanted: list[int] = []
     sampled: list[int] = []
+    is_parted = False
     for index in order:
         span, row = spans[index], rows[owners[index]]
         tokens += row.tokens[span.start - row.start : span.stop - row.start]
@@ -80,6 +81,10 @@ def build_batch(
         if count > 0:
             wanted += range(len(tokens) - count, len(tokens))
             sampled += [owners[index]] * count
+            is_parted |= count < row.logit_count
+    if is_parted:  # spans of one row may be far apart, and in any order
+        pairs = sorted(zip(sampled, wanted, strict=True), key=lambda pair: _place(pair, positions))
+        sampled, wanted = [owner for owner, _ in pairs], [row for _, row in pairs]
     padding = max(0, ROWS_MIN - len(tokens))
     for column in (tokens, positions, places):  # an equal row writes equal values, same place
         column += column[-1:] * padding
@@ -99,3 +104,9 @@ def build_batch(
         wants_all=wanted == list(range(len(tokens))),
         sampled=tuple(sampled),
     )
+
+
+def _place(pair: tuple[int, int], positions: Sequence[int]) -> tuple[int, int]:
+    """Say which row of the step a logit belongs to, and at which position."""
+    owner, row = pair
+    return owner, positions[row]

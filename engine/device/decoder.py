@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,13 +47,65 @@ class _Layer:
     down: Linear
 
 
-class Decoder:
-    """A loaded model.  One step at a time; the pool belongs to the caller."""
+class Seams(Protocol):
+    """Where layers meet what is not theirs: the model's ends, or other parts of the model."""
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], block_tokens: int) -> None:
+    @property
+    def has_head(self) -> bool:
+        """Whether ``leave`` gives logits: then nobody needs the rows that are not asked for."""
+        ...
+
+    def enter(self, batch: Batch) -> Tensor:
+        """Give [token_count, hidden_size], the first layer's input."""
+        ...
+
+    def add(self, residual: Tensor, linear: Linear, rows: Tensor) -> Tensor:
+        """Give ``residual + linear(rows)``, summed over all parts of the rows."""
+        ...
+
+    def leave(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Take the last layer's output; give float32 logits [len(batch.sampled), vocab_size]."""
+        ...
+
+
+class Ends:
+    """Seams of a model in one piece: it embeds tokens and ends in logits."""
+
+    has_head = True
+
+    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
+        """Take what it needs out of ``weights``."""
+        self._embedding = weights.pop("model.embed_tokens.weight")
+        self._norm = Norm(weights.pop("model.norm.weight"), spec.norm_epsilon)
+        self._head = Linear(self._embedding if spec.is_tied else weights.pop("lm_head.weight"))
+
+    def enter(self, batch: Batch) -> Tensor:
+        """Embed."""
+        return self._embedding.index_select(0, batch.tokens)
+
+    def add(self, residual: Tensor, linear: Linear, rows: Tensor) -> Tensor:
+        """Add; all parts of the rows are here."""
+        return linear.add_to(residual, rows)
+
+    def leave(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Give logits."""
+        return self._head(self._norm(hidden))[: len(batch.sampled)].float()
+
+
+class Decoder:
+    """A loaded model, or a part of one.  One step at a time; the pool belongs to the caller."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: dict[str, Tensor],
+        block_tokens: int,
+        seams: Seams | None = None,
+    ) -> None:
         """Empty ``weights``, so that no two copies of all of them exist at once.
 
-        Names are those of the family's folder, dtypes all equal.
+        Names are those of the family's folder, dtypes all equal.  ``spec`` and ``weights`` are
+        those of the part that ``seams`` join to others; without them, of a whole model.
         """
         self.spec = spec
         self._block_tokens = block_tokens
@@ -65,10 +118,8 @@ class Decoder:
             block_tokens=block_tokens,
         )
         self._rope = RopeTable(spec.rope, spec.head_dim, spec.context_tokens_max)
-        self._embedding = weights.pop("model.embed_tokens.weight")
         self._layers = tuple(_layer(spec, weights, layer) for layer in range(spec.layer_count))
-        self._norm = Norm(weights.pop("model.norm.weight"), spec.norm_epsilon)
-        self._head = Linear(self._embedding if spec.is_tied else weights.pop("lm_head.weight"))
+        self._seams = seams or Ends(spec, weights)
 
     def batch(self, rows: list[Row]) -> Batch:
         """Lay out one step."""
@@ -92,11 +143,11 @@ class Decoder:
         on_layer(layer) is called as soon as that layer's keys and values are written.
         Gives float32 logits [len(batch.sampled), vocab_size].
         """
-        spec = self.spec
+        spec, seams = self.spec, self._seams
         dim, middle, token_count = spec.head_dim, spec.intermediate_size, len(batch.tokens)
         q_size, kv_size = spec.head_count * dim, spec.kv_head_count * dim
         row = q_size + 2 * kv_size
-        hidden = self._embedding.index_select(0, batch.tokens)
+        hidden = seams.enter(batch)
         cosine, sine = self._turns(batch, hidden.dtype)
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(layer.input_norm(hidden)).view(token_count, -1, dim)
@@ -108,22 +159,20 @@ class Decoder:
             stored = qkv.as_strided((token_count, 2, kv_size), (row, kv_size, 1), q_size)
             pool.slots[index].index_put_(batch.store, stored)
             on_layer(index)
-            is_last = index == spec.layer_count - 1
+            is_last = seams.has_head and index == spec.layer_count - 1
             if is_last and not batch.sampled:
-                break
+                return hidden.new_empty((0, spec.vocab_size), dtype=torch.float32)
             queries = qkv.as_strided((token_count, spec.head_count, dim), (row, dim, 1))
             mixed = self._attend(batch, index, queries, pool)
             if is_last and not batch.wants_all:  # nobody reads the other rows
                 hidden = hidden.index_select(0, batch.wanted)
                 mixed = mixed.index_select(0, batch.wanted)
-            hidden = layer.output.add_to(hidden, mixed)
+            hidden = seams.add(hidden, layer.output, mixed)
             gate_up = layer.gate_up(layer.mlp_norm(hidden))
             shape, strides = (len(gate_up), middle), (2 * middle, 1)
             gate, up = (gate_up.as_strided(shape, strides, at) for at in (0, middle))
-            hidden = layer.down.add_to(hidden, silu(gate).mul_(up))
-        if not batch.sampled:
-            return hidden.new_empty((0, spec.vocab_size), dtype=torch.float32)
-        return self._head(self._norm(hidden))[: len(batch.sampled)].float()
+            hidden = seams.add(hidden, layer.down, silu(gate).mul_(up))
+        return seams.leave(hidden, batch)
 
     def _turns(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine [token_count, head, head_dim] of queries, keys and values.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.device.model import Model
+from engine.device.draft import NOBODY_GUESSES, Guesser
+from engine.device.model import Model, nobody
 from engine.device.pool import KvPool
 from engine.device.runner import Runner
 from engine.executor import ModelInfo, OnLayer
@@ -49,13 +50,19 @@ class TorchExecutor:
         threads: int,
         step_depth: int,
         load: Load | None = None,
+        guesser: Guesser = NOBODY_GUESSES,
     ) -> None:
-        """Take model and pool over, and start the thread; without ``load`` weights stay."""
+        """Take model, pool and guesser over, and start the thread; without ``load`` weights stay.
+
+        The pool has the guesser's layers behind the model's.
+        """
+        layer_count = model.spec.layer_count + guesser.layer_count
+        assert pool.layout.layer_count == layer_count, f"{pool.layout}: wanted {layer_count} layers"
         self._info = info
         self._model = model
         self._pool: KvPool | None = pool
         self._memory = pool.memory
-        self._runner = Runner(sequences_max, info.vocab_size)
+        self._runner = Runner(sequences_max, info.vocab_size, guesser)
         self._threads = threads
         self._step_depth = step_depth
         self._load = load
@@ -64,6 +71,7 @@ class TorchExecutor:
         self._wake = threading.Condition()
         self._unfinished_count = 0
         self._is_closing = False
+        self.broken: Future[None] = Future()
         self._thread = threading.Thread(target=self._loop, name="executor", daemon=True)
         self._thread.start()
 
@@ -186,4 +194,5 @@ class TorchExecutor:
             if on_layer is not None:
                 on_layer(plan.step, layer, 0)
 
-        return self._runner.run(plan, self._model, self._pool, layer_written)
+        listener = nobody if on_layer is None else layer_written
+        return self._runner.run(plan, self._model, self._pool, listener)

@@ -48,28 +48,29 @@ def load_folder(path: Path, dtype: torch.dtype, threads: int) -> LoadedFolder:
     """
     if not path.is_dir():
         raise InvalidModel(f"{path}: no such folder; wanted a Hugging Face model folder")
-    spec = parse_config(_read_json(path / "config.json"), str(path / "config.json"))
-    stop_tokens = _read_stop_tokens(path / "generation_config.json", spec)
-    files = _locate(path, spec)
+    spec = parse_config(read_json(path / "config.json"), str(path / "config.json"))
+    stop_tokens = read_stop_tokens(path / "generation_config.json", spec)
+    files = locate(path, spec)
     weights: dict[str, Tensor] = {}
     with ThreadPoolExecutor(max(1, threads)) as workers:
         digests = {}
         for file, names in files.items():
-            for name, tensor in _read_tensors(file, names, spec).items():
-                digests[name] = workers.submit(_digest, name, tensor)
+            for name, tensor in map_tensors(file, names, spec).items():
+                digests[name] = workers.submit(digest_tensor, name, tensor)
                 weights[name] = tensor.to(dtype, copy=True)
         text = repr(spec) + "".join(digests[name].result() for name in sorted(digests))
     return LoadedFolder(spec, weights, stop_tokens, hashlib.sha256(text.encode()).hexdigest()[:32])
 
 
-def _digest(name: str, tensor: Tensor) -> str:
+def digest_tensor(name: str, tensor: Tensor) -> str:
     """Hash one tensor as stored.  blake2b is faster than sha256 and frees the GIL."""
     digest = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
     digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _read_json(file: Path) -> Mapping[str, Any]:
+def read_json(file: Path) -> Mapping[str, Any]:
+    """Read one object; raises InvalidModel."""
     try:
         if file.stat().st_size > _JSON_BYTES_MAX:
             raise InvalidModel(f"{file}: longer than {_JSON_BYTES_MAX} bytes")
@@ -83,10 +84,11 @@ def _read_json(file: Path) -> Mapping[str, Any]:
     return values
 
 
-def _read_stop_tokens(file: Path, spec: ModelSpec) -> frozenset[int]:
+def read_stop_tokens(file: Path, spec: ModelSpec) -> frozenset[int]:
+    """Read eos_token_id, if there is such a file; raises InvalidModel."""
     if not file.exists():
         return frozenset()
-    value = _read_json(file).get("eos_token_id")
+    value = read_json(file).get("eos_token_id")
     tokens = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or not 0 <= token < spec.vocab_size for token in tokens):
         raise InvalidModel(
@@ -96,7 +98,7 @@ def _read_stop_tokens(file: Path, spec: ModelSpec) -> frozenset[int]:
     return frozenset(tokens)
 
 
-def _locate(path: Path, spec: ModelSpec) -> dict[Path, list[str]]:
+def locate(path: Path, spec: ModelSpec) -> dict[Path, list[str]]:
     """Say which file holds which of the tensors wanted."""
     wanted = list(tensor_shapes(spec))
     index = path / "model.safetensors.index.json"
@@ -109,7 +111,7 @@ def _locate(path: Path, spec: ModelSpec) -> dict[Path, list[str]]:
             f"{pickles[0].name} is a pickle, which is never read" if pickles else "no such file"
         )
         raise InvalidModel(f"{single}: {reason}; wanted safetensors weights")
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
         raise InvalidModel(
             f"{index}: weight_map is {type(places).__name__}; wanted an object", param="weight_map"
@@ -133,7 +135,7 @@ def _locate(path: Path, spec: ModelSpec) -> dict[Path, list[str]]:
     return files
 
 
-def _read_tensors(file: Path, names: list[str], spec: ModelSpec) -> dict[str, Tensor]:
+def map_tensors(file: Path, names: list[str], spec: ModelSpec) -> dict[str, Tensor]:
     """Map the file's tensors; they read from disk when touched."""
     shapes = tensor_shapes(spec)
     if not file.is_file():

@@ -6,12 +6,18 @@ from pathlib import Path
 
 import torch
 
-from engine.device.backends import make_model
+from engine.device.backends import arithmetic, make_model
+from engine.device.cuda import loading as cuda
+from engine.device.cuda.streams import CudaDevice
+from engine.device.draft import make_guesser
 from engine.device.executor import LoadedModel, TorchExecutor
 from engine.device.folder import LoadedFolder, load_folder
+from engine.device.model import Model
+from engine.device.native.cores import check_cores, pinned
 from engine.device.pool import KvPool
 from engine.device.resources import Resources
-from engine.executor import ModelInfo
+from engine.device.spec import ModelSpec
+from engine.executor import Executor, ModelInfo
 from pdserve.config import ModelConfig, SpeculationConfig
 from pdserve.errors import InvalidConfig, InvalidModel
 from pdserve.layout import KvLayout
@@ -49,8 +55,8 @@ class _Replacements:
     block_tokens: int
     threads: int
 
-    def load(self, path: str) -> LoadedModel:
-        """Load and compare.
+    def read(self, path: str) -> LoadedFolder:
+        """Read and compare.
 
         Raises:
             InvalidModel: naming the file and the field.
@@ -62,8 +68,20 @@ class _Replacements:
         with torch.inference_mode():
             folder = load_folder(Path(path), self.dtype, self.threads)
             self._compare(Path(path), folder)
-            model = make_model(self.config, folder.spec, folder.weights, self.block_tokens)
-        return LoadedModel(_info(self.config, path, folder, self.dtype), model)
+        return folder
+
+    def load(self, path: str) -> LoadedModel:
+        """Read, and turn into a model; see ``read``."""
+        folder = self.read(path)
+        with torch.inference_mode():
+            model = make_model(
+                self.config,
+                folder.spec,
+                folder.weights,
+                self.block_tokens,
+                threads=self.threads,
+            )
+        return LoadedModel(_info(self.config, path, folder, self.dtype, arithmetic(model)), model)
 
     def _compare(self, path: Path, folder: LoadedFolder) -> None:
         for field in fields(folder.spec):
@@ -97,31 +115,24 @@ def load_executor(
 
     Raises:
         InvalidModel: the folder is damaged or not supported.
-        InvalidConfig: the pool would hold no block, or cannot be allocated.
+        InvalidConfig: the pool would hold no block, or cannot be allocated; kernels or cores
+            asked for are not to be had here.
 
     """
-    del speculation
+    check_cores(resources.cpus)
     block_tokens, threads = resources.block_tokens, resources.threads
     torch.set_num_threads(threads)
     path = Path(config.path) if config.path else DEMO_FOLDER
     dtype = _DTYPES[config.dtype]
+
+    def load_draft(path: str) -> Model:
+        draft = load_folder(Path(path), dtype, threads)
+        return make_model(config, draft.spec, draft.weights, block_tokens, threads=threads)
+
     with torch.inference_mode():
         folder = load_folder(path, dtype, threads)
-        spec = folder.spec
-        layout = KvLayout(
-            layer_count=spec.layer_count,
-            block_tokens=block_tokens,
-            kv_head_count=spec.kv_head_count,
-            head_dim=spec.head_dim,
-            dtype=str(dtype).removeprefix("torch."),
-        )
-        block_count = resources.kv_blocks or resources.kv_bytes // layout.block_bytes
-        if block_count < 1:
-            raise InvalidConfig(
-                f"kv_bytes is {resources.kv_bytes}; wanted at least {layout.block_bytes}, one "
-                f"block of {block_tokens} tokens of this model",
-                param="kv_bytes",
-            )
+        guesser = make_guesser(speculation, folder.spec, load_draft)
+        layout, block_count = _room(folder.spec, guesser.layer_count, dtype, resources)
         try:
             pool = KvPool(layout, block_count)
         except RuntimeError as error:
@@ -130,31 +141,98 @@ def load_executor(
                 f"{name}: a KV pool of {layout.pool_bytes(block_count)} bytes: {error}",
                 param=name,
             ) from None
-        model = make_model(config, spec, folder.weights, block_tokens)
+        model = make_model(config, folder.spec, folder.weights, block_tokens, threads=threads)
     replacements = _Replacements(
         config, folder, _tokenizer_digest(path), dtype, block_tokens, threads
     )
-    return TorchExecutor(
-        _info(config, config.path, folder, dtype),
-        model,
-        pool,
-        sequences_max=resources.sequences_max,
-        threads=threads,
-        step_depth=resources.steps_in_flight_max,
-        load=replacements.load,
+    with pinned(resources.cpus):
+        return TorchExecutor(
+            _info(config, config.path, folder, dtype, arithmetic(model)),
+            model,
+            pool,
+            sequences_max=resources.sequences_max,
+            threads=threads,
+            step_depth=resources.steps_in_flight_max,
+            load=replacements.load,
+            guesser=guesser,
+        )
+
+
+def load_on_cuda(
+    config: ModelConfig, resources: Resources, speculation: SpeculationConfig = NOBODY_GUESSES
+) -> Executor:
+    """Load the model and its KV pool onto a GPU, and start the executor's threads.
+
+    Raises:
+        InvalidModel: the folder is damaged or not supported.
+        InvalidConfig: the pool would hold no block, or cannot be allocated; what is asked for is
+            not to be had on a GPU.
+
+    """
+    cuda.check_cuda(config, resources, speculation)
+    check_cores(resources.cpus)
+    path = Path(config.path) if config.path else DEMO_FOLDER
+    device, dtype = CudaDevice(), cuda.pick_dtype(config)
+    bits = cuda.arithmetic(device)
+    folder = load_folder(path, dtype, resources.threads)
+    layout, block_count = _room(folder.spec, 0, dtype, resources)
+    replacements = _Replacements(
+        config, folder, _tokenizer_digest(path), dtype, layout.block_tokens, resources.threads
     )
 
+    def reload(other: str) -> tuple[ModelInfo, LoadedFolder]:
+        loaded = replacements.read(other)
+        return _info(config, other, loaded, dtype, bits), loaded
 
-def _info(config: ModelConfig, path: str, folder: LoadedFolder, dtype: torch.dtype) -> ModelInfo:
+    info = _info(config, config.path, folder, dtype, bits)
+    with pinned(resources.cpus):
+        return cuda.load_cuda_executor(
+            info, folder, layout, block_count, resources, reload=reload, device=device
+        )
+
+
+def _room(
+    spec: ModelSpec, draft_layer_count: int, dtype: torch.dtype, resources: Resources
+) -> tuple[KvLayout, int]:
+    """Say what the KV pool looks like, and how many blocks it has.
+
+    A draft model's layers lie behind the model's.
+    """
+    layout = KvLayout(
+        layer_count=spec.layer_count + draft_layer_count,
+        block_tokens=resources.block_tokens,
+        kv_head_count=spec.kv_head_count,
+        head_dim=spec.head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    block_count = resources.kv_blocks or resources.kv_bytes // layout.block_bytes
+    if block_count < 1:
+        raise InvalidConfig(
+            f"kv_bytes is {resources.kv_bytes}; wanted at least {layout.block_bytes}, one "
+            f"block of {resources.block_tokens} tokens of this model",
+            param="kv_bytes",
+        )
+    return layout, block_count
+
+
+def _info(
+    config: ModelConfig, path: str, folder: LoadedFolder, dtype: torch.dtype, bits: str
+) -> ModelInfo:
+    """Describe a loaded folder; ``bits`` names the arithmetic it is computed with."""
     spec = folder.spec
     return ModelInfo(
         name=config.name or (Path(path).resolve().name if path else _DEMO_NAME),
-        hash=folder.hash,
+        hash=model_hash(folder.hash, str(dtype), bits),
         vocab_size=spec.vocab_size,
         context_tokens_max=spec.context_tokens_max,
         architecture=spec.architecture,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def model_hash(folder_hash: str, dtype: str, arithmetic: str) -> str:
+    """Name a model's weights together with how they are computed with; see ``ModelInfo``."""
+    return hashlib.sha256(f"{folder_hash} {dtype} {arithmetic}".encode()).hexdigest()[:32]
 
 
 def _tokenizer_digest(path: Path) -> str | None:

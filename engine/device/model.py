@@ -10,6 +10,10 @@ from engine.device.pool import KvPool
 from engine.device.spec import ModelSpec
 
 
+def nobody(layer: int) -> None:
+    """Listen to no layer: a model that sees this need not call."""
+
+
 class Model(Protocol):
     """Weights in, logits out, keys and values into the pool; one step at a time."""
 

@@ -11,6 +11,8 @@ class Resources:
 
     Sampling slots are ``0..sequences_max - 1``; at most ``steps_in_flight_max`` steps may be
     unfinished.  ``cpus`` are the cores the compute threads are pinned to; none leaves them free.
+    KV bytes and threads are those of one rank, of which there are ``tp * pp``; cores are shared
+    out among them.
     """
 
     block_tokens: int

@@ -10,9 +10,13 @@ those alone is sorted in full: the answer is the same, only slower.
 
 Log-probabilities are those of the model's raw logits, before penalties, bias, temperature and
 filters.
+
+Guesses are verified by matching (docs/adr/0012): each position is sampled as it would be without
+them, and a guess is right if it is the token that was sampled.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,17 +30,61 @@ _CANDIDATES = 256
 Logits = NDArray[np.float32]
 
 
-def sample(logits: Logits, slots: Sequence[Slot]) -> list[SampledToken | str]:
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A sequence's guesses: one row of logits before the first, and one behind each."""
+
+    slot: Slot
+    guesses: tuple[int, ...]
+
+
+def verify(logits: Logits, trials: Sequence[Trial]) -> list[tuple[SampledToken, ...] | str]:
+    """Choose tokens for each trial until a guess is not what was chosen; a string is a fault.
+
+    logits: [row, vocab], C-contiguous, each trial's rows together and in order; changed in place.
+    A row that cannot be sampled behind a right guess ends its trial there: the next step finds
+    the same fault, and has it to itself.
+    """
+    if all(not trial.guesses for trial in trials):
+        outcomes = sample(logits, [trial.slot for trial in trials])
+        return [each if isinstance(each, str) else (each,) for each in outcomes]
+    first_rows = np.cumsum([0, *(1 + len(trial.guesses) for trial in trials)])
+    assert first_rows[-1] == len(logits), f"{len(logits)} rows for {first_rows[-1]}"
+    chosen: list[list[SampledToken]] = [[] for _ in trials]
+    faults: dict[int, str] = {}
+    active = list(range(len(trials)))
+    turn = 0
+    while active:
+        rows = logits[first_rows[active] + turn]
+        outcomes = sample(rows, [trials[index].slot for index in active])
+        matched: list[int] = []
+        for index, outcome in zip(active, outcomes, strict=True):
+            guesses = trials[index].guesses
+            if isinstance(outcome, str):
+                if not turn:
+                    faults[index] = outcome
+                continue
+            chosen[index].append(outcome)
+            if turn < len(guesses) and outcome.token == guesses[turn]:
+                matched.append(index)
+        active = matched
+        turn += 1
+    return [faults.get(index) or tuple(tokens) for index, tokens in enumerate(chosen)]
+
+
+def sample(
+    logits: Logits, slots: Sequence[Slot], *, is_guess: bool = False
+) -> list[SampledToken | str]:
     """Choose a token for each row, and push it to its slot; a string is the row's fault.
 
-    logits: [row, vocab], C-contiguous; changed in place.
+    logits: [row, vocab], C-contiguous; changed in place.  A guess has no log-probabilities.
     """
     assert len(logits) == len(slots), f"{len(logits)} rows for {len(slots)} slots"
     faults = _find_faults(logits, slots)
     raw = {
         row: logits[row].copy()
         for row, slot in enumerate(slots)
-        if slot.params.logprob_count is not None and row not in faults
+        if slot.params.logprob_count is not None and row not in faults and not is_guess
     }
     for row, slot in enumerate(slots):
         if row not in faults and slot.is_edited:

@@ -4,6 +4,9 @@ A slot is rebuilt from a ``Binding`` alone, and moved on by every token sampled,
 may be planned before the one before it has told the scheduler its token.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +17,15 @@ _UNIFORMS_AHEAD = 64
 _TEMPERATURE_MIN = 1e-5
 # Beyond this a bias decides alone; it stays far inside float32.
 _BIAS_MAX = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a slot stood, to go back to."""
+
+    output_count: int
+    last_token: int
+    place_count: int
 
 
 class Slot:
@@ -34,6 +46,7 @@ class Slot:
             [token for token in sorted(request.stop_tokens) if 0 <= token < vocab_size], np.int64
         )
         self._output_min = request.output_tokens_min
+        self._output_max = request.output_tokens_max
         self._bias_tokens = np.array([token for token, _ in self.params.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in self.params.logit_bias], np.float64)
         self._biases = np.clip(self._biases, -_BIAS_MAX, _BIAS_MAX).astype(np.float32)
@@ -54,6 +67,11 @@ class Slot:
 
     def __repr__(self) -> str:
         return f"<Slot {self.key!r} output {self.output_count}>"
+
+    @property
+    def tokens_left(self) -> int:
+        """How many more output tokens the request may have."""
+        return self._output_max - self.output_count
 
     @property
     def is_greedy(self) -> bool:
@@ -103,6 +121,21 @@ class Slot:
         self.output_count += 1
         if self._is_penalised:
             self._count(token, 1)
+
+    def mark(self) -> Mark:
+        """Remember this place, to try some tokens from here."""
+        return Mark(self.output_count, self.last_token, len(self._places))
+
+    def rewind(self, mark: Mark, pushed: Sequence[int]) -> None:
+        """Undo the pushes since ``mark``, all of them and in order: nobody said those tokens."""
+        assert self.output_count - mark.output_count == len(pushed), f"{self!r}: not {pushed}"
+        self.output_count, self.last_token = mark.output_count, mark.last_token
+        if not self._is_penalised:
+            return
+        for token in pushed:
+            self._counts[self._places[token]] -= 1
+        for token in list(self._places)[mark.place_count :]:
+            del self._places[token]
 
     def _count(self, token: int, count: int) -> None:
         place = self._places.setdefault(token, len(self._places))

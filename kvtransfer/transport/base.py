@@ -13,6 +13,9 @@ from typing import Protocol
 Done = Callable[[str | None], None]
 """Called with None when all went well, else with what went wrong."""
 
+Run = tuple[int, int, int, int]
+"""Bytes to write: own address, peer's address, size, number of the peer's memory they go to."""
+
 OnMessage = Callable[[bytes], None]
 """Called with each message that arrives, from whomever."""
 
@@ -32,10 +35,11 @@ class OnLost(Protocol):
 class Endpoint(Protocol):
     """One direction to one peer."""
 
-    def push(self, runs: Sequence[tuple[int, int, int]], timeout_s: float, done: Done) -> None:
-        """Write (own address, peer's address, size) runs; done once all are at the peer.
+    def push(self, runs: Sequence[Run], timeout_s: float, done: Done) -> None:
+        """Write runs; done once all are at the peer.
 
-        The caller has checked that the addresses lie in the two pools: nobody else does.
+        The caller has checked that the addresses lie in the two pools, and the peer's in the
+        memory they name: nobody else does.
         """
         ...
 
@@ -74,8 +78,10 @@ class Transport(Protocol):
         """Register memory until ``close``; return the key by which peers may write to it."""
         ...
 
-    def connect(self, address: bytes, key: bytes, on_lost: OnLost) -> Endpoint:
-        """Open an endpoint; ``key`` is of the peer's memory, or empty if none is written.
+    def connect(self, address: bytes, keys: Sequence[bytes], on_lost: OnLost) -> Endpoint:
+        """Open an endpoint; ``keys`` are of the peer's memories, none if nothing is written.
+
+        Runs name a memory by its number in ``keys``.
 
         Never blocks and never raises: what fails is told to ``on_lost``.
         """

@@ -7,6 +7,8 @@ numbers: 0 is good, negative ones are faults, 1 is still under way.
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kvtransfer.transport.base import Run
+
 IN_PROGRESS = 1
 CONNECTION_RESET = -25
 
@@ -17,8 +19,8 @@ Request = Any
 class UcpEndpoint(Protocol):
     """One direction to one peer."""
 
-    def put(self, runs: Sequence[tuple[int, int, int]], requests: list[Request]) -> int:
-        """Post (own address, peer's address, size) writes; append those that are under way.
+    def put(self, runs: Sequence[Run], requests: list[Request]) -> int:
+        """Post writes; append those that are under way.
 
         Stops at the first that fails and returns its status.
         """
@@ -74,12 +76,18 @@ class UcpWorker(Protocol):
         """Register memory; return the key by which peers may write to it."""
         ...
 
-    def connect(self, address: bytes, key: bytes, on_error: Callable[[int], None]) -> UcpEndpoint:
+    def connect(
+        self, address: bytes, keys: Sequence[bytes], on_error: Callable[[int], None]
+    ) -> UcpEndpoint:
         """Make an endpoint; raises ``PeerLost``.  ``on_error`` runs inside ``progress``."""
         ...
 
     def status(self, request: Request) -> int:
         """Say how a request fares."""
+        ...
+
+    def reap(self, requests: list[Request]) -> int:
+        """Free requests from the last one back to one under way; return the first fault met."""
         ...
 
     def free(self, request: Request) -> None:

@@ -22,7 +22,8 @@ from ctypes import (
 from importlib.util import find_spec
 from pathlib import Path
 
-from kvtransfer.transport.binding import Request
+from kvtransfer.transport.base import Run
+from kvtransfer.transport.binding import IN_PROGRESS, Request
 from pdserve.errors import InvalidConfig, PeerLost
 
 _API = (1, 20)
@@ -303,15 +304,24 @@ class LibucpWorker:
         return key
 
     def connect(
-        self, address: bytes, key: bytes, on_error: Callable[[int], None]
+        self, address: bytes, keys: Sequence[bytes], on_error: Callable[[int], None]
     ) -> "LibucpEndpoint":
         """Make an endpoint; raises ``PeerLost``."""
-        return LibucpEndpoint(self, address, key, on_error)
+        return LibucpEndpoint(self, address, keys, on_error)
 
     def status(self, request: Request) -> int:
         """Say how a request fares."""
         status: int = self.calls.ucp_request_check_status(request)
         return status
+
+    def reap(self, requests: list[Request]) -> int:
+        """Free requests from the last one back to one under way; see ``binding``."""
+        status_of, free = self.calls.ucp_request_check_status, self.calls.ucp_request_free
+        fault = 0
+        while requests and (status := status_of(requests[-1])) != IN_PROGRESS:
+            free(requests.pop())
+            fault = fault or min(status, 0)
+        return fault
 
     def free(self, request: Request) -> None:
         """Give a request back."""
@@ -330,12 +340,17 @@ class LibucpEndpoint:
     """One direction to one peer, with peer errors handled."""
 
     def __init__(
-        self, worker: LibucpWorker, address: bytes, key: bytes, on_error: Callable[[int], None]
+        self,
+        worker: LibucpWorker,
+        address: bytes,
+        keys: Sequence[bytes],
+        on_error: Callable[[int], None],
     ) -> None:
         self._worker = worker
         self._calls = worker.calls
         self._on_error = _OnError(lambda *word: on_error(word[2]))
-        self._handle, self._key = c_void_p(), c_void_p()
+        self._handle = c_void_p()
+        self._keys: list[c_void_p] = []
         buffer = ctypes.create_string_buffer(address, len(address))
         params = _EndpointParams(
             mask=1 | 2 | 4,
@@ -346,11 +361,13 @@ class LibucpEndpoint:
         status = self._calls.ucp_ep_create(worker.handle, byref(params), byref(self._handle))
         if status < 0:
             raise PeerLost(f"endpoint: {worker.describe(status)}")
-        if key:
-            status = self._calls.ucp_ep_rkey_unpack(self._handle, key, byref(self._key))
+        for key in keys:
+            unpacked = c_void_p()
+            status = self._calls.ucp_ep_rkey_unpack(self._handle, key, byref(unpacked))
             if status < 0:
                 self._close_unused()
                 raise PeerLost(f"memory key: {worker.describe(status)}")
+            self._keys.append(unpacked)
 
     def _close_unused(self) -> None:
         requests: list[Request] = []
@@ -359,13 +376,14 @@ class LibucpEndpoint:
             self._worker.progress()
         for request in requests:
             self._worker.free(request)
+        self.release()
 
-    def put(self, runs: Sequence[tuple[int, int, int]], requests: list[Request]) -> int:
+    def put(self, runs: Sequence[Run], requests: list[Request]) -> int:
         """Post writes; see ``binding``."""
-        post, handle, key = self._calls.ucp_put_nbx, self._handle, self._key
+        post, handle, keys = self._calls.ucp_put_nbx, self._handle, self._keys
         params = byref(_RequestParams())
-        for source, target, size in runs:
-            pointer = post(handle, source, size, target, key, params)
+        for source, target, size, memory in runs:
+            pointer = post(handle, source, size, target, keys[memory], params)
             if pointer is None:
                 continue
             if pointer >= _STATUS_POINTERS:
@@ -395,10 +413,9 @@ class LibucpEndpoint:
         return self._keep(self._calls.ucp_ep_close_nbx(self._handle, byref(params)), requests)
 
     def release(self) -> None:
-        """Free the memory key; the handle went with ``close``."""
-        if self._key.value is not None:
-            self._calls.ucp_rkey_destroy(self._key)
-            self._key = c_void_p()
+        """Free the memory keys; the handle went with ``close``."""
+        while self._keys:
+            self._calls.ucp_rkey_destroy(self._keys.pop())
 
     def emulates_puts(self) -> bool:
         """Say whether no lane of the endpoint can write to memory by itself."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvtransfer.transport.base import Done, HandOver, OnLost, OnMessage
+from kvtransfer.transport.base import Done, HandOver, OnLost, OnMessage, Run
 from pdserve.errors import LocalProtocolError
 
 
@@ -19,7 +19,7 @@ class Operation:
     """A push or a message under way."""
 
     endpoint: "MemoryEndpoint"
-    runs: Sequence[tuple[int, int, int]]
+    runs: Sequence[Run]
     message: bytes | None
     done: Done
     is_answered: bool = False
@@ -27,7 +27,7 @@ class Operation:
 
     def detach(self) -> None:
         """Go on without the source: what is on the wire is on the wire."""
-        self.payload = [ctypes.string_at(source, size) for source, _, size in self.runs]
+        self.payload = [ctypes.string_at(source, size) for source, _, size, _ in self.runs]
 
 
 class MemoryHub:
@@ -101,8 +101,8 @@ class MemoryHub:
         if target is None:
             operation.endpoint.answer(operation, "the peer is gone")
             return
-        for index, (source, destination, size) in enumerate(operation.runs):
-            target.check(destination, size)
+        for index, (source, destination, size, number) in enumerate(operation.runs):
+            target.check(operation.endpoint.keys[number], destination, size)
             late = operation.payload
             ctypes.memmove(destination, source if late is None else late[index], size)
             if self.corrupts_next:
@@ -116,14 +116,22 @@ class MemoryHub:
 class MemoryEndpoint:
     """One direction between two transports of a hub."""
 
-    def __init__(self, hub: MemoryHub, target: bytes, on_lost: OnLost, hand_over: HandOver) -> None:
+    def __init__(
+        self,
+        hub: MemoryHub,
+        target: bytes,
+        keys: Sequence[bytes],
+        on_lost: OnLost,
+        hand_over: HandOver,
+    ) -> None:
         self.target = target
+        self.keys = tuple(keys)
         self.is_open = True
         self._hub = hub
         self._on_lost = on_lost
         self._hand_over = hand_over
 
-    def push(self, runs: Sequence[tuple[int, int, int]], timeout_s: float, done: Done) -> None:
+    def push(self, runs: Sequence[Run], timeout_s: float, done: Done) -> None:
         """See ``transport.base``; there is no deadline, a held operation waits for the hub."""
         del timeout_s
         self._post(Operation(self, tuple(runs), None, done))
@@ -173,7 +181,7 @@ class MemoryTransport:
         self._hub = hub
         self._on_message: OnMessage | None = None
         self._hand_over: HandOver | None = None
-        self._regions: list[tuple[int, int]] = []
+        self._regions: dict[bytes, tuple[int, int]] = {}
         self._endpoints: list[MemoryEndpoint] = []
 
     def start(self, on_message: OnMessage, hand_over: HandOver) -> None:
@@ -184,14 +192,14 @@ class MemoryTransport:
 
     def map(self, address: int, size_bytes: int) -> bytes:
         """See ``transport.base``."""
-        self._regions.append((address, size_bytes))
-        return b"key"
+        key = b"key-%d of %s" % (len(self._regions), self.address)
+        self._regions[key] = (address, size_bytes)
+        return key
 
-    def connect(self, address: bytes, key: bytes, on_lost: OnLost) -> MemoryEndpoint:
+    def connect(self, address: bytes, keys: Sequence[bytes], on_lost: OnLost) -> MemoryEndpoint:
         """See ``transport.base``."""
-        del key
         assert self._hand_over is not None, "not started"
-        endpoint = MemoryEndpoint(self._hub, address, on_lost, self._hand_over)
+        endpoint = MemoryEndpoint(self._hub, address, keys, on_lost, self._hand_over)
         self._endpoints = [known for known in self._endpoints if known.is_open]
         self._endpoints.append(endpoint)
         if self._hub.find(address) is None:
@@ -215,11 +223,11 @@ class MemoryTransport:
             endpoint.close()
         self._endpoints.clear()
 
-    def check(self, address: int, size: int) -> None:
-        """Raise ``LocalProtocolError`` unless a write stays within what was mapped."""
-        for start, length in self._regions:
-            if start <= address and address + size <= start + length:
-                return
+    def check(self, key: bytes, address: int, size: int) -> None:
+        """Raise ``LocalProtocolError`` unless a write stays within what its key is of."""
+        start, length = self._regions.get(key, (0, 0))
+        if start <= address and address + size <= start + length:
+            return
         raise LocalProtocolError(f"{size} bytes at {address:#x} are not registered memory")
 
     def receive(self, message: bytes) -> None:

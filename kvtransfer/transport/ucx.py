@@ -17,7 +17,7 @@ from time import monotonic
 from typing import Any
 
 from kvtransfer.transport import sockets
-from kvtransfer.transport.base import Done, HandOver, OnLost, OnMessage
+from kvtransfer.transport.base import Done, HandOver, OnLost, OnMessage, Run
 from kvtransfer.transport.binding import (
     CONNECTION_RESET,
     IN_PROGRESS,
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 SPIN_S = 50e-6
 SLEEP_S = 1.0
 SLEEP_BUSY_S = 0.05  # with operations under way, should an event ever be missed
+PROGRESS_MAX = 16  # calls of it between two looks at all else
 QUIET_S = 0.05
 CLOSE_S = 3.0
 
@@ -69,7 +70,7 @@ class UcxEndpoint:
         self.closing: list[Request] = []
         self.on_closed: list[Callable[[], None]] = []
 
-    def push(self, runs: Sequence[tuple[int, int, int]], timeout_s: float, done: Done) -> None:
+    def push(self, runs: Sequence[Run], timeout_s: float, done: Done) -> None:
         """See ``transport.base``."""
         operation = _Operation(self, monotonic() + timeout_s, done)
         self._transport.call(self._transport.post_push, operation, runs)
@@ -134,10 +135,10 @@ class UcxTransport:
         self.call(self._map, address, size_bytes, mapped)
         return mapped.result()
 
-    def connect(self, address: bytes, key: bytes, on_lost: OnLost) -> UcxEndpoint:
+    def connect(self, address: bytes, keys: Sequence[bytes], on_lost: OnLost) -> UcxEndpoint:
         """See ``transport.base``."""
         endpoint = UcxEndpoint(self, on_lost)
-        self.call(self._connect, endpoint, address, key)
+        self.call(self._connect, endpoint, address, tuple(keys))
         return endpoint
 
     def drain(self, done: Callable[[], None]) -> None:
@@ -206,7 +207,11 @@ class UcxTransport:
 
     def _turn(self) -> bool:
         """Do what can be done; say whether there was anything."""
-        is_busy = self._worker.progress() > 0
+        is_busy = False
+        for _ in range(PROGRESS_MAX):
+            if not self._worker.progress():
+                break
+            is_busy = True
         is_quiet = not is_busy
         is_busy = self._run_calls() or is_busy
         while self._messages:
@@ -243,7 +248,7 @@ class UcxTransport:
         except PdserveError as fault:
             mapped.set_exception(fault)
 
-    def _connect(self, endpoint: UcxEndpoint, address: bytes, key: bytes) -> None:
+    def _connect(self, endpoint: UcxEndpoint, address: bytes, keys: tuple[bytes, ...]) -> None:
         if endpoint.fault is not None:
             return  # closed before it was made
         self._endpoints.append(endpoint)
@@ -251,11 +256,11 @@ class UcxTransport:
         try:
             if self._close_by_s is not None:
                 raise Unavailable("the data plane is closed")
-            endpoint.raw = self._worker.connect(address, key, endpoint.record_error)
+            endpoint.raw = self._worker.connect(address, keys, endpoint.record_error)
         except PdserveError as fault:
             self._fail(endpoint, fault.message, is_reset=False)
             return
-        if key and endpoint.raw.emulates_puts():
+        if keys and endpoint.raw.emulates_puts():
             self._fail(
                 endpoint,
                 f"UCX would emulate puts in software with transfer.tls={self._config.tls!r}, "
@@ -263,7 +268,7 @@ class UcxTransport:
                 is_reset=False,
             )
 
-    def post_push(self, operation: _Operation, runs: Sequence[tuple[int, int, int]]) -> None:
+    def post_push(self, operation: _Operation, runs: Sequence[Run]) -> None:
         """Post every write of a push, and one flush."""
         raw = self._accept(operation)
         if raw is not None:
@@ -320,14 +325,9 @@ class UcxTransport:
 
     def _reap(self, operation: _Operation) -> bool:
         """Free the requests that are over, the flush first; say whether all are."""
-        requests = operation.requests
-        while requests:
-            status = self._worker.status(requests[-1])
-            if status == IN_PROGRESS:
-                return False
-            self._worker.free(requests.pop())
-            operation.take(status)
-        return True
+        if operation.requests:
+            operation.take(self._worker.reap(operation.requests))
+        return not operation.requests
 
     def _fail(self, endpoint: UcxEndpoint, message: str, *, is_reset: bool) -> None:
         """Close an endpoint by force, and say so.  Idempotent."""

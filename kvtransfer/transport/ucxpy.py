@@ -17,6 +17,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from kvtransfer.transport.base import Run
 from kvtransfer.transport.binding import CONNECTION_RESET, IN_PROGRESS, Request
 from pdserve.errors import InvalidConfig, PeerLost
 
@@ -149,11 +150,11 @@ class UcxPyWorker:
         return key
 
     def connect(
-        self, address: bytes, key: bytes, on_error: Callable[[int], None]
+        self, address: bytes, keys: Sequence[bytes], on_error: Callable[[int], None]
     ) -> "UcxPyEndpoint":
         """Make an endpoint; raises ``PeerLost``."""
         try:
-            endpoint = UcxPyEndpoint(self, address, key, on_error)
+            endpoint = UcxPyEndpoint(self, address, keys, on_error)
         except self.library.exceptions.UCXError as error:
             raise PeerLost(f"endpoint: {error}") from None
         self.endpoints.append(endpoint)
@@ -163,6 +164,14 @@ class UcxPyWorker:
         """Say how a request fares."""
         status: int = request.status
         return status
+
+    def reap(self, requests: list[Request]) -> int:
+        """Free requests from the last one back to one under way; see ``binding``."""
+        fault = 0
+        while requests and (status := self.status(requests[-1])) != IN_PROGRESS:
+            self.free(requests.pop())
+            fault = fault or min(status, 0)
+        return fault
 
     def free(self, request: Request) -> None:
         """Let go of a request's buffer."""
@@ -193,7 +202,11 @@ class UcxPyEndpoint:
     """One direction to one peer, with peer errors handled."""
 
     def __init__(
-        self, worker: UcxPyWorker, address: bytes, key: bytes, on_error: Callable[[int], None]
+        self,
+        worker: UcxPyWorker,
+        address: bytes,
+        keys: Sequence[bytes],
+        on_error: Callable[[int], None],
     ) -> None:
         self._worker = worker
         self._on_error = on_error
@@ -201,10 +214,10 @@ class UcxPyEndpoint:
         self._raw = api.UCXEndpoint.create_from_worker_address(
             worker.raw, api.UCXAddress.from_buffer(address), endpoint_error_handling=True
         )
-        self._memory: Any = None
-        if key:
+        self._memories: list[Any] = []
+        for key in keys:
             rkey = self._raw.unpack_rkey(api.PackedRemoteKey.from_buffer(key))
-            self._memory = api.RemoteMemory(rkey, 0, _ADDRESS_SPACE)
+            self._memories.append(api.RemoteMemory(rkey, 0, _ADDRESS_SPACE))
 
     def watch(self) -> None:
         """Tell an error that UCX has noticed."""
@@ -213,12 +226,13 @@ class UcxPyEndpoint:
         except self._worker.library.exceptions.UCXError as error:
             self._on_error(self._worker.status_of(error))
 
-    def put(self, runs: Sequence[tuple[int, int, int]], requests: list[Request]) -> int:
+    def put(self, runs: Sequence[Run], requests: list[Request]) -> int:
         """Post writes; see ``binding``."""
-        for source, target, size in runs:
+        for source, target, size, number in runs:
             memory = _memory(source, size)
             call = _Call(self._worker, memory)
-            post = partial(self._memory.put_nb, memory, call.over, offset=target, size=size)
+            put = self._memories[number].put_nb
+            post = partial(put, memory, call.over, offset=target, size=size)
             status = self._post(call, requests, post)
             if status < 0:
                 return status
@@ -263,8 +277,8 @@ class UcxPyEndpoint:
         return 0
 
     def release(self) -> None:
-        """Let go of the memory key."""
-        self._memory = None
+        """Let go of the memory keys."""
+        self._memories.clear()
 
 
 def _memory(address: int, size_bytes: int) -> Any:

@@ -1,13 +1,14 @@
 """What the supervisor is told to run: commands and patience, as plain data in a file."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 
-from pdserve.config import ClusterConfig
+from pdserve.config import ClusterConfig, DecodeConfig, PrefillConfig, core_list
 
 ROUTER = "router"
 ROUTER_PLACE = "{router}"
@@ -64,22 +65,39 @@ def plan_cluster(
 ) -> LaunchPlan:
     """Lay out one router and the configured numbers of workers."""
 
-    def process(role: str, name: str, threads: int) -> ProcessPlan:
+    def process(role: str, name: str, threads: int, *settings: str) -> ProcessPlan:
         command = commands(role, name, config_file, ready_file(name))
+        for setting in settings:
+            command += ["--set", setting]
         return ProcessPlan(name, role, tuple(command), {"OMP_NUM_THREADS": str(threads)})
 
-    workers = [
-        process(role, f"{role}-{index}", section.threads)
-        for role, section in (("prefill", config.prefill), ("decode", config.decode))
-        for index in range(section.worker_count)
-    ]
+    def workers(role: str, section: PrefillConfig | DecodeConfig) -> list[ProcessPlan]:
+        shares = share_out(core_list(section.cpus, f"{role}.cpus"), section.worker_count)
+        return [
+            process(role, f"{role}-{index}", section.threads, *_core_setting(role, cores))
+            for index, cores in enumerate(shares)
+        ]
+
     return LaunchPlan(
         router=process(ROUTER, ROUTER, 1),
-        workers=tuple(workers),
+        workers=(*workers("prefill", config.prefill), *workers("decode", config.decode)),
         start_s=start_s,
         router_stop_s=config.router.drain_s + ROUTER_STOP_S,
         worker_stop_s=max(config.prefill.drain_s, config.decode.drain_s) + KILL_MARGIN_S,
     )
+
+
+def share_out(cores: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """Give each of ``count`` workers cores of its own; where there are fewer, some share one."""
+    if 0 < len(cores) < count:
+        return [(cores[index % len(cores)],) for index in range(count)]
+    cuts = [index * len(cores) // count for index in range(count + 1)]
+    return [tuple(cores[start:stop]) for start, stop in pairwise(cuts)]
+
+
+def _core_setting(role: str, cores: Sequence[int]) -> list[str]:
+    """Give the override of the cluster's setting, in TOML: a bare number would be one."""
+    return [f'{role}.cpus="{",".join(map(str, cores))}"'] if cores else []
 
 
 def write_plan(plan: LaunchPlan, path: Path) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pdserve.v1 import types_pb2 as pdserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!pdserve/v1/transfer_service.proto\x12\npdserve.v1\x1a\x16pdserve/v1/types.proto\"\x97\x01\n\rDecodeMessage\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.pdserve.v1.DecodeHelloH\x00\x12.\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x17.pdserve.v1.DestinationH\x00\x12$\n\x06revoke\x18\x03 \x01(\x0b\x32\x12.pdserve.v1.RevokeH\x00\x42\x06\n\x04\x62ody\"\x86\x02\n\x0b\x44\x65\x63odeHello\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x16\n\x0ekv_layout_hash\x18\x03 \x01(\t\x12\x19\n\x11transport_version\x18\x04 \x01(\t\x12\x19\n\x11transport_address\x18\x05 \x01(\x0c\x12\x12\n\nmemory_key\x18\x06 \x01(\x0c\x12\x13\n\x0bmemory_base\x18\x07 \x01(\x06\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x03\x12\x13\n\x0b\x62lock_count\x18\t \x01(\x05\x12\x12\n\nsession_id\x18\n \x01(\x0c\x12\x0f\n\x07host_id\x18\x0b \x01(\t\x12\x0b\n\x03pid\x18\x0c \x01(\x03\"o\n\x0b\x44\x65stination\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.pdserve.v1.RequestKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x12\n\x06\x62locks\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x18\n\x10held_token_count\x18\x04 \x01(\x05\"<\n\x06Revoke\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.pdserve.v1.RequestKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"\x9d\x01\n\x0ePrefillMessage\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.PrefillHelloH\x00\x12+\n\nrevoke_ack\x18\x02 \x01(\x0b\x32\x15.pdserve.v1.RevokeAckH\x00\x12+\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.HandoffFailedH\x00\x42\x06\n\x04\x62ody\"\x9f\x01\n\x0cPrefillHello\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x16\n\x0ekv_layout_hash\x18\x03 \x01(\t\x12\x19\n\x11transport_version\x18\x04 \x01(\t\x12\x19\n\x11transport_address\x18\x05 \x01(\x0c\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\x03\"?\n\tRevokeAck\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.pdserve.v1.RequestKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"T\n\rHandoffFailed\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.pdserve.v1.RequestKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t2T\n\x0fTransferService\x12\x41\n\x04Link\x12\x19.pdserve.v1.DecodeMessage\x1a\x1a.pdserve.v1.PrefillMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!pdserve/v1/transfer_service.proto\x12\npdserve.v1\x1a\x16pdserve/v1/types.proto\"\x97\x01\n\rDecodeMessage\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.pdserve.v1.DecodeHelloH\x00\x12.\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x17.pdserve.v1.DestinationH\x00\x12$\n\x06revoke\x18\x03 \x01(\x0b\x32\x12.pdserve.v1.RevokeH\x00\x42\x06\n\x04\x62ody\"\xab\x02\n\x0b\x44\x65\x63odeHello\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x16\n\x0ekv_layout_hash\x18\x03 \x01(\t\x12\x19\n\x11transport_version\x18\x04 \x01(\t\x12\x19\n\x11transport_address\x18\x05 \x01(\x0c\x12\x12\n\nmemory_key\x18\x06 \x01(\x0c\x12\x13\n\x0bmemory_base\x18\x07 \x01(\x06\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x03\x12\x13\n\x0b\x62lock_count\x18\t \x01(\x05\x12\x12\n\nsession_id\x18\n \x01(\x0c\x12\x0f\n\x07host_id\x18\x0b \x01(\t\x12\x0b\n\x03pid\x18\x0c \x01(\x03\x12#\n\x06shards\x18\r \x03(\x0b\x32\x13.pdserve.v1.KvShard\"\x9a\x01\n\x07KvShard\x12\x12\n\nmemory_key\x18\x01 \x01(\x0c\x12\x13\n\x0bmemory_base\x18\x02 \x01(\x06\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\x13\n\x0blayer_first\x18\x04 \x01(\x05\x12\x13\n\x0blayer_count\x18\x05 \x01(\x05\x12\x12\n\nhead_first\x18\x06 \x01(\x05\x12\x12\n\nhead_count\x18\x07 \x01(\x05\"o\n\x0b\x44\x65stination\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.pdserve.v1.RequestKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x12\n\x06\x62locks\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x18\n\x10held_token_count\x18\x04 \x01(\x05\"<\n\x06Revoke\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.pdserve.v1.RequestKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"\x9d\x01\n\x0ePrefillMessage\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.PrefillHelloH\x00\x12+\n\nrevoke_ack\x18\x02 \x01(\x0b\x32\x15.pdserve.v1.RevokeAckH\x00\x12+\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x19.pdserve.v1.HandoffFailedH\x00\x42\x06\n\x04\x62ody\"\x9f\x01\n\x0cPrefillHello\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x06\x12\x16\n\x0ekv_layout_hash\x18\x03 \x01(\t\x12\x19\n\x11transport_version\x18\x04 \x01(\t\x12\x19\n\x11transport_address\x18\x05 \x01(\x0c\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\x03\"?\n\tRevokeAck\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.pdserve.v1.RequestKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\"T\n\rHandoffFailed\x12#\n\x03key\x18\x01 \x01(\x0b\x32\x16.pdserve.v1.RequestKey\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t2T\n\x0fTransferService\x12\x41\n\x04Link\x12\x19.pdserve.v1.DecodeMessage\x1a\x1a.pdserve.v1.PrefillMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEMESSAGE']._serialized_start=74
   _globals['_DECODEMESSAGE']._serialized_end=225
   _globals['_DECODEHELLO']._serialized_start=228
-  _globals['_DECODEHELLO']._serialized_end=490
-  _globals['_DESTINATION']._serialized_start=492
-  _globals['_DESTINATION']._serialized_end=603
-  _globals['_REVOKE']._serialized_start=605
-  _globals['_REVOKE']._serialized_end=665
-  _globals['_PREFILLMESSAGE']._serialized_start=668
-  _globals['_PREFILLMESSAGE']._serialized_end=825
-  _globals['_PREFILLHELLO']._serialized_start=828
-  _globals['_PREFILLHELLO']._serialized_end=987
-  _globals['_REVOKEACK']._serialized_start=989
-  _globals['_REVOKEACK']._serialized_end=1052
-  _globals['_HANDOFFFAILED']._serialized_start=1054
-  _globals['_HANDOFFFAILED']._serialized_end=1138
-  _globals['_TRANSFERSERVICE']._serialized_start=1140
-  _globals['_TRANSFERSERVICE']._serialized_end=1224
+  _globals['_DECODEHELLO']._serialized_end=527
+  _globals['_KVSHARD']._serialized_start=530
+  _globals['_KVSHARD']._serialized_end=684
+  _globals['_DESTINATION']._serialized_start=686
+  _globals['_DESTINATION']._serialized_end=797
+  _globals['_REVOKE']._serialized_start=799
+  _globals['_REVOKE']._serialized_end=859
+  _globals['_PREFILLMESSAGE']._serialized_start=862
+  _globals['_PREFILLMESSAGE']._serialized_end=1019
+  _globals['_PREFILLHELLO']._serialized_start=1022
+  _globals['_PREFILLHELLO']._serialized_end=1181
+  _globals['_REVOKEACK']._serialized_start=1183
+  _globals['_REVOKEACK']._serialized_end=1246
+  _globals['_HANDOFFFAILED']._serialized_start=1248
+  _globals['_HANDOFFFAILED']._serialized_end=1332
+  _globals['_TRANSFERSERVICE']._serialized_start=1334
+  _globals['_TRANSFERSERVICE']._serialized_end=1418
 # @@protoc_insertion_point(module_scope)

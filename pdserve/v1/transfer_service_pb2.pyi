@@ -57,6 +57,7 @@ class DecodeHello(google.protobuf.message.Message):
     SESSION_ID_FIELD_NUMBER: builtins.int
     HOST_ID_FIELD_NUMBER: builtins.int
     PID_FIELD_NUMBER: builtins.int
+    SHARDS_FIELD_NUMBER: builtins.int
     worker: builtins.str
     incarnation: builtins.int
     kv_layout_hash: builtins.str
@@ -65,7 +66,9 @@ class DecodeHello(google.protobuf.message.Message):
     transport_address: builtins.bytes
     """Address of the data-plane worker; opaque to everyone but the transport."""
     memory_key: builtins.bytes
-    """Access key of the registered pool; opaque."""
+    """Access key of the registered pool; opaque.  This, the base and the size are of a pool in one
+    piece, and unset for one in shards.
+    """
     memory_base: builtins.int
     memory_bytes: builtins.int
     block_count: builtins.int
@@ -74,6 +77,12 @@ class DecodeHello(google.protobuf.message.Message):
     host_id: builtins.str
     """Host identity, for proving that a dead peer on the same host is dead."""
     pid: builtins.int
+    @property
+    def shards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___KvShard]:
+        """The pool's parts, one per rank; absent for a pool in one piece.  Together they hold every
+        head of every layer; several may hold copies of one.  At most 4096.
+        """
+
     def __init__(
         self,
         *,
@@ -89,10 +98,47 @@ class DecodeHello(google.protobuf.message.Message):
         session_id: builtins.bytes = ...,
         host_id: builtins.str = ...,
         pid: builtins.int = ...,
+        shards: collections.abc.Iterable[global___KvShard] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_count", b"block_count", "host_id", b"host_id", "incarnation", b"incarnation", "kv_layout_hash", b"kv_layout_hash", "memory_base", b"memory_base", "memory_bytes", b"memory_bytes", "memory_key", b"memory_key", "pid", b"pid", "session_id", b"session_id", "transport_address", b"transport_address", "transport_version", b"transport_version", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_count", b"block_count", "host_id", b"host_id", "incarnation", b"incarnation", "kv_layout_hash", b"kv_layout_hash", "memory_base", b"memory_base", "memory_bytes", b"memory_bytes", "memory_key", b"memory_key", "pid", b"pid", "session_id", b"session_id", "shards", b"shards", "transport_address", b"transport_address", "transport_version", b"transport_version", "worker", b"worker"]) -> None: ...
 
 global___DecodeHello = DecodeHello
+
+@typing.final
+class KvShard(google.protobuf.message.Message):
+    """One rank's part of a KV pool, with a memory of its own."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEMORY_KEY_FIELD_NUMBER: builtins.int
+    MEMORY_BASE_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    LAYER_FIRST_FIELD_NUMBER: builtins.int
+    LAYER_COUNT_FIELD_NUMBER: builtins.int
+    HEAD_FIRST_FIELD_NUMBER: builtins.int
+    HEAD_COUNT_FIELD_NUMBER: builtins.int
+    memory_key: builtins.bytes
+    memory_base: builtins.int
+    memory_bytes: builtins.int
+    layer_first: builtins.int
+    """Layers and KV heads of the model that it holds: so many, from the first one on."""
+    layer_count: builtins.int
+    head_first: builtins.int
+    head_count: builtins.int
+    def __init__(
+        self,
+        *,
+        memory_key: builtins.bytes = ...,
+        memory_base: builtins.int = ...,
+        memory_bytes: builtins.int = ...,
+        layer_first: builtins.int = ...,
+        layer_count: builtins.int = ...,
+        head_first: builtins.int = ...,
+        head_count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["head_count", b"head_count", "head_first", b"head_first", "layer_count", b"layer_count", "layer_first", b"layer_first", "memory_base", b"memory_base", "memory_bytes", b"memory_bytes", "memory_key", b"memory_key"]) -> None: ...
+
+global___KvShard = KvShard
 
 @typing.final
 class Destination(google.protobuf.message.Message):

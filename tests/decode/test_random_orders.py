@@ -21,14 +21,16 @@ from decode.effects import (
     ReportLanded,
     RevokeHandoff,
 )
-from decode.scheduler import DecodeScheduler
+from decode.scheduler import NO_GUESSING, DecodeScheduler
 from engine.blocks import BlockPool
 from engine.output_limit import finish_after
 from engine.prefix_cache import PrefixCache
+from engine.speculation.choice import Guessing
 from engine.step import StepPlan, StepResult
 from pdserve.ends import EndKind
 from pdserve.request import Key, Request
 from pdserve.tombstones import Tombstones
+from sim.guesses import Guesswork
 from sim.paper_device import PaperDevice
 
 BLOCK_TOKENS = 4
@@ -37,10 +39,20 @@ SOURCE = PrefillSource("prefill-0", "127.0.0.1:1", 1)
 
 
 class World:
-    def __init__(self, dice: Random, *, block_count: int, step_depth: int, slots: int) -> None:
+    def __init__(
+        self,
+        dice: Random,
+        *,
+        block_count: int,
+        step_depth: int,
+        slots: int,
+        guessing: Guessing = NO_GUESSING,
+        microbatch_count: int = 1,
+    ) -> None:
         self.dice = dice
         self.now_s = 0.0
-        self.device = PaperDevice(BLOCK_TOKENS, vocab_size=50)
+        guesswork = Guesswork(guessing.draft_tokens, 0.7, dice, guessing.lookahead_tokens)
+        self.device = PaperDevice(BLOCK_TOKENS, vocab_size=50, guesswork=guesswork)
         self.pool = BlockPool(block_count)
         self.cache = PrefixCache(self.pool, BLOCK_TOKENS)
         self.scheduler = DecodeScheduler(
@@ -53,6 +65,8 @@ class World:
             growth_tokens=3,
             context_tokens_max=CONTEXT_TOKENS,
             tombstones=Tombstones(1000, 1e9),
+            guessing=guessing,
+            microbatch_count=microbatch_count,
         )
         self.slots = slots
         self.requests: dict[Key, Request] = {}
@@ -179,7 +193,7 @@ class World:
             if self.dice.random() < 0.03:
                 unlucky = self.dice.choice(plan.chunks).key
                 tokens = {key: token for key, token in result.tokens.items() if key != unlucky}
-                result = StepResult(plan.step, tokens, {unlucky: "fault"})
+                result = StepResult(plan.step, tokens, {unlucky: "fault"}, result.drafts)
             self.apply(self.scheduler.settle(result, self.now_s))
 
     def settle_exactly(self) -> None:
@@ -299,23 +313,69 @@ def test_every_order_gives_exact_tokens_one_end_and_all_blocks_back(seed: int) -
     world.run([dice.randrange(100) for _ in range(200)])
 
 
+@pytest.mark.parametrize("seed", range(100, 160))
+def test_guesses_and_microbatches_change_none_of_it(seed: int) -> None:
+    dice = Random(seed)
+    world = World(
+        dice,
+        block_count=11 + seed % 7,
+        step_depth=1 + seed % 4,
+        slots=2 + seed % 5,
+        guessing=Guessing(1 + seed % 6, (0, 1 + seed % 6)[seed % 2]),
+        microbatch_count=1 + seed % 3,
+    )
+    world.run([dice.randrange(100) for _ in range(200)])
+
+
+def test_guesses_are_right_often_enough_to_be_tested() -> None:
+    dice = Random(1)
+    world = World(dice, block_count=30, step_depth=2, slots=4, guessing=Guessing(4))
+    world.run([dice.randrange(100) for _ in range(300)])
+    assert world.device.right_count > 20
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(0, 15), max_size=60),
     st.integers(10, 30),
     st.integers(1, 4),
     st.integers(1, 6),
+    st.sampled_from([Guessing(), Guessing(1), Guessing(5), Guessing(3, 3)]),
+    st.integers(1, 3),
 )
 def test_no_order_hypothesis_can_think_of_breaks_it(
-    choices: list[int], block_count: int, step_depth: int, slots: int
+    choices: list[int],
+    block_count: int,
+    step_depth: int,
+    slots: int,
+    guessing: Guessing,
+    microbatch_count: int,
 ) -> None:
-    World(Random(0), block_count=block_count, step_depth=step_depth, slots=slots).run(choices)
+    World(
+        Random(0),
+        block_count=block_count,
+        step_depth=step_depth,
+        slots=slots,
+        guessing=guessing,
+        microbatch_count=microbatch_count,
+    ).run(choices)
 
 
+@pytest.mark.parametrize("microbatch_count", [1, 2])
+@pytest.mark.parametrize("guessing", [Guessing(), Guessing(4), Guessing(3, 3)], ids=str)
 @pytest.mark.parametrize("step_depth", [1, 2, 4])
-def test_under_saturation_every_request_finishes_without_a_timeout(step_depth: int) -> None:
+def test_under_saturation_every_request_finishes_without_a_timeout(
+    step_depth: int, guessing: Guessing, microbatch_count: int
+) -> None:
     """The oldest always advances: preempted ones are resumed until all are done."""
-    world = World(Random(5), block_count=9, step_depth=step_depth, slots=6)
+    world = World(
+        Random(5),
+        block_count=9,
+        step_depth=step_depth,
+        slots=6,
+        guessing=guessing,
+        microbatch_count=microbatch_count,
+    )
     pending = deque(range(20))
     attempts: dict[int, int] = {}
     done: set[int] = set()

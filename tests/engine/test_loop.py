@@ -5,9 +5,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
+
 from engine.executor import ModelInfo
 from engine.loop import StepLoop
 from engine.step import StepPlan, StepResult
+from pdserve.errors import PeerLost
 from pdserve.status import Role
 
 
@@ -48,6 +51,7 @@ class ByHand:
     def __init__(self) -> None:
         self.model: ModelInfo
         self.memory: Any = None
+        self.broken: Future[None] = Future()
         self.steps: list[tuple[StepPlan, Future[StepResult]]] = []
 
     def submit(self, plan: StepPlan, on_layer: Any = None) -> Future[StepResult]:  # noqa: ARG002
@@ -147,3 +151,33 @@ async def test_no_time_passes_for_the_scheduler_while_it_is_held() -> None:
     while executor.steps:
         executor.finish()
     await running
+
+
+async def test_a_broken_executor_ends_the_loop_and_no_request() -> None:
+    """Whoever loses this worker resumes its requests: here none of them has failed."""
+    scheduler, executor = OneDeadline(), ByHand()
+    loop = new_loop(scheduler, executor)
+    running = asyncio.create_task(loop.run())
+    await until(lambda: len(executor.steps) == 2)
+    lost = PeerLost("rank 1 was killed by SIGKILL")
+    executor.broken.set_exception(lost)
+    for _, future in executor.steps:
+        future.set_exception(lost)
+    with pytest.raises(PeerLost, match="rank 1 was killed"):
+        await running
+    assert scheduler.in_flight == 2, "fail_step was called, or settle"
+
+
+async def test_an_executor_that_breaks_idle_ends_the_loop() -> None:
+    scheduler, executor = OneDeadline(), ByHand()
+    loop = new_loop(scheduler, executor)
+    running = asyncio.create_task(loop.run())
+    await until(lambda: len(executor.steps) == 2)
+    holding = asyncio.create_task(loop.hold())
+    await asyncio.sleep(0)
+    executor.finish()
+    executor.finish()
+    await holding
+    executor.broken.set_exception(PeerLost("rank 0 ended with status 1"))
+    with pytest.raises(PeerLost, match="rank 0 ended"):
+        await running

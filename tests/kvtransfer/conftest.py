@@ -10,15 +10,17 @@ from contextlib import asynccontextmanager
 os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
 
 import grpc
+import numpy as np
 import pytest
 
 from kvtransfer.receiver import KvReceiver
 from kvtransfer.sender import KvSender
+from kvtransfer.shards import Shape
 from kvtransfer.transport.base import Transport
 from kvtransfer.transport.memory import MemoryHub, MemoryTransport
 from pdserve.config import TransferConfig
 from pdserve.edge.rpc import SERVER_OPTIONS
-from pdserve.layout import KvLayout, KvMemory
+from pdserve.layout import ELEMENT_BYTES, KvLayout, KvMemory, KvShard
 from pdserve.request import Key
 from pdserve.v1 import transfer_service_pb2_grpc
 
@@ -30,27 +32,104 @@ def key_of(number: int, attempt: int = 0) -> Key:
     return Key(f"{number:032x}", attempt)
 
 
-class Pool:
-    """Memory of blocks, filled so that no two of its bytes are easily mistaken."""
+def shape(
+    *, tp: int = 1, pp: int = 1, layout: KvLayout = LAYOUT, stages: tuple[int, ...] = ()
+) -> Shape:
+    """The shards of ``tp`` ranks in each of ``pp`` stages, stage by stage.
 
-    def __init__(self, block_count: int, *, fill: int, layout: KvLayout = LAYOUT) -> None:
-        size = layout.pool_bytes(block_count)
-        self.bytes = (ctypes.c_ubyte * size)()
+    More ranks than heads hold copies; ``stages`` are layers per stage where they differ.
+    """
+    counts = stages or (layout.layer_count // pp,) * pp
+    assert sum(counts) == layout.layer_count, "layers left over"
+    heads, first, found = layout.kv_head_count, 0, []
+    for count in counts:
+        for rank in range(tp):
+            start = rank * heads // tp
+            held = range(start, start + max(heads // tp, 1))
+            found.append((range(first, first + count), held))
+        first += count
+    return tuple(found)
+
+
+class Pool:
+    """Memory of blocks, filled so that no two of its bytes are easily mistaken.
+
+    Shards lie in one array, last first, and ``GAP`` bytes of ``MARK`` apart.
+    """
+
+    GAP, MARK = 64, 0xEE
+
+    def __init__(
+        self,
+        block_count: int,
+        *,
+        fill: int,
+        layout: KvLayout = LAYOUT,
+        shards: Shape | None = None,
+    ) -> None:
+        shards = shards or shape(layout=layout)
+        row_bytes = layout.head_dim * ELEMENT_BYTES[layout.dtype]
+        forms = [
+            (len(layers), block_count, 2, layout.block_tokens, len(heads), row_bytes)
+            for layers, heads in shards
+        ]
+        gap = self.GAP if len(shards) > 1 else 0
+        size = sum(int(np.prod(form)) + gap for form in forms) + gap
+        self.bytes = (ctypes.c_ubyte * size)(*([self.MARK if gap else 0] * size))
+        self.arrays: list[np.ndarray] = []
+        place, found = size - gap, []
+        for form, (layers, heads) in zip(forms, shards, strict=True):
+            place -= int(np.prod(form))
+            found.append(KvShard(ctypes.addressof(self.bytes) + place, layers, heads))
+            flat = np.frombuffer(self.bytes, np.uint8, int(np.prod(form)), place)
+            self.arrays.append(flat.reshape(form))
+            self.arrays[-1][...] = 0
+            place -= gap
+        self.memory = KvMemory(block_count, layout, tuple(found))
         if fill:
-            pattern = bytes((fill + i * 7 + i // 251) % 255 + 1 for i in range(size))
-            ctypes.memmove(self.bytes, pattern, size)
-        self.memory = KvMemory.whole(ctypes.addressof(self.bytes), block_count, layout)
+            i = np.arange(layout.pool_bytes(block_count))
+            whole = ((fill + i * 7 + i // 251) % 255 + 1).astype(np.uint8)
+            self.write(whole.reshape(self._whole_form(row_bytes)))
+
+    def _whole_form(self, row_bytes: int) -> tuple[int, ...]:
+        layout, count = self.memory.layout, self.memory.block_count
+        heads = layout.kv_head_count
+        return (layout.layer_count, count, 2, layout.block_tokens, heads, row_bytes)
+
+    def write(self, whole: np.ndarray) -> None:
+        """Fill every shard from the model's ``[layer][block][K,V][token][head][byte]``."""
+        for array, shard in zip(self.arrays, self.memory.shards, strict=True):
+            array[...] = whole[list(shard.layers)][..., list(shard.heads), :]
+
+    def read(self, blocks: tuple[int, ...] | None = None) -> np.ndarray:
+        """Put the model's blocks together, or all; copies of a head must be equal."""
+        chosen = list(range(self.memory.block_count) if blocks is None else blocks)
+        form = self._whole_form(self.arrays[0].shape[-1])
+        form = (form[0], len(chosen), *form[2:])
+        whole, seen = np.zeros(form, np.uint8), np.zeros(form[:1] + form[4:5], bool)
+        for array, shard in zip(self.arrays, self.memory.shards, strict=True):
+            for own, layer in enumerate(shard.layers):
+                for mine, head in enumerate(shard.heads):
+                    piece = array[own, chosen, :, :, mine]
+                    if seen[layer, head] and not np.array_equal(piece, whole[layer, :, :, :, head]):
+                        raise AssertionError(f"copies of head {head} of layer {layer} differ")
+                    seen[layer, head] = True
+                    whole[layer, :, :, :, head] = piece
+        assert seen.all(), "a head in no shard"
+        return whole
+
+    @property
+    def gaps_are_clean(self) -> bool:
+        """Whether nothing was written between the shards."""
+        clean = np.frombuffer(self.bytes, np.uint8).copy()
+        base = ctypes.addressof(self.bytes)
+        for array, shard in zip(self.arrays, self.memory.shards, strict=True):
+            clean[shard.address - base :][: array.size] = self.MARK
+        return len(self.arrays) == 1 or bool((clean == self.MARK).all())
 
     def pieces(self, blocks: tuple[int, ...]) -> list[bytes]:
         """The content of blocks: layer by layer."""
-        layout, count = self.memory.layout, self.memory.block_count
-        whole = bytes(self.bytes)
-        offsets = [
-            layout.offset_bytes(layer, block, count)
-            for layer in range(layout.layer_count)
-            for block in blocks
-        ]
-        return [whole[offset : offset + layout.piece_bytes] for offset in offsets]
+        return [piece.tobytes() for layer in self.read(blocks) for piece in layer]
 
 
 class Log:
@@ -111,8 +190,9 @@ class Prefill:
         handoff_s: float = 30.0,
         config: TransferConfig | None = None,
         layout: KvLayout = LAYOUT,
+        shards: Shape | None = None,
     ) -> None:
-        self.pool = Pool(32, fill=3, layout=layout)
+        self.pool = Pool(32, fill=3, layout=layout, shards=shards)
         self.log = Log()
         self.transport = transport
         self.sender = KvSender(
@@ -148,8 +228,9 @@ class Prefill:
 
     def compute(self, key: Key, token_count: int, first_token: int | None = 7) -> None:
         """Say that every layer is written up to ``token_count``, and that it is all, or not."""
-        for layer in range(LAYOUT.layer_count):
-            self.sender.layer_done(key, layer, token_count)
+        for number, shard in enumerate(self.pool.memory.shards):
+            for layer in shard.layers:
+                self.sender.layer_done(key, layer, token_count, number)
         if first_token is not None:
             self.sender.complete(key, first_token)
 
@@ -164,8 +245,9 @@ class Decode:
         name: str = "d0",
         checksum: bool = False,
         layout: KvLayout = LAYOUT,
+        shards: Shape | None = None,
     ) -> None:
-        self.pool = Pool(48, fill=0, layout=layout)
+        self.pool = Pool(48, fill=0, layout=layout, shards=shards)
         self.log = Log()
         self.transport = transport
         self.receiver = KvReceiver(
@@ -214,17 +296,29 @@ class Stage:
     until = staticmethod(until)
     Pool, Prefill, Decode, Hub, Memory = Pool, Prefill, Decode, MemoryHub, MemoryTransport
     Layout, layout = KvLayout, LAYOUT
+    shape = staticmethod(shape)
 
     @asynccontextmanager
     async def up(
-        self, *, checksum: bool = False, handoff_s: float = 30.0, **settings: object
+        self,
+        *,
+        checksum: bool = False,
+        handoff_s: float = 30.0,
+        layout: KvLayout = LAYOUT,
+        shards: tuple[Shape | None, Shape | None] = (None, None),
+        **settings: object,
     ) -> AsyncIterator[tuple[MemoryHub, Prefill, Decode]]:
         hub = MemoryHub()
         config = TransferConfig(**settings)  # type: ignore[arg-type]
         prefill = Prefill(
-            MemoryTransport(hub), checksum=checksum, handoff_s=handoff_s, config=config
+            MemoryTransport(hub),
+            checksum=checksum,
+            handoff_s=handoff_s,
+            config=config,
+            layout=layout,
+            shards=shards[0],
         )
-        decode = Decode(MemoryTransport(hub), checksum=checksum)
+        decode = Decode(MemoryTransport(hub), checksum=checksum, layout=layout, shards=shards[1])
         await prefill.start()
         await decode.start()
         try:

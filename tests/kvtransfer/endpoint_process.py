@@ -35,7 +35,7 @@ async def receive() -> None:
     key = transport.map(base, SIZE_BYTES)
     say(address=transport.address.hex(), key=key.hex(), base=base)
     while line := await asyncio.to_thread(sys.stdin.readline):
-        endpoint = transport.connect(bytes.fromhex(line), b"", ignore_loss)
+        endpoint = transport.connect(bytes.fromhex(line), (), ignore_loss)
         endpoint.send(b"word", PUSH_S, lambda error: say(error=error))
     transport.close()
 
@@ -48,16 +48,16 @@ async def send(target: dict[str, Any]) -> None:
     transport.start(lambda _: None, loop.call_soon_threadsafe)
     transport.map(base, SIZE_BYTES)
     endpoint = transport.connect(
-        bytes.fromhex(target["address"]), bytes.fromhex(target["key"]), ignore_loss
+        bytes.fromhex(target["address"]), [bytes.fromhex(target["key"])], ignore_loss
     )
     for _ in range(2):
         warm: asyncio.Future[str | None] = loop.create_future()
-        endpoint.push([(base, target["base"], 4096)], PUSH_S, warm.set_result)
+        endpoint.push([(base, target["base"], 4096, 0)], PUSH_S, warm.set_result)
         if (error := await warm) is not None:  # no assert: -O would not even wait
             raise RuntimeError(error)
     say(is_warm=True)
     await asyncio.to_thread(sys.stdin.readline)
-    endpoint.push([(base, target["base"], SIZE_BYTES)], PUSH_S, lambda _: None)
+    endpoint.push([(base, target["base"], SIZE_BYTES, 0)], PUSH_S, lambda _: None)
     await asyncio.to_thread(sys.stdin.readline)
 
 

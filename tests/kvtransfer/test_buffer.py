@@ -11,7 +11,7 @@ def buffer(limit=2, lifetime_s=10.0):
 
 
 def to(epoch=0, link=1):
-    return Destination(epoch, link, (1, 2), 0)
+    return Destination(epoch, link, (1, 2), 0, 8)
 
 
 def test_a_destination_is_taken_once():

@@ -37,14 +37,14 @@ def connect(source, target, lost=None):
         if lost is not None:
             lost.append((message, is_reset))
 
-    return source.transport.connect(target.transport.address, target.key, on_lost)
+    return source.transport.connect(target.transport.address, [target.key], on_lost)
 
 
 def test_a_held_push_is_neither_written_nor_answered(sides):
     hub, source, target = sides
     answers = []
     hub.hold()
-    connect(source, target).push([(source.address, target.address, 8)], 1.0, answers.append)
+    connect(source, target).push([(source.address, target.address, 8, 0)], 1.0, answers.append)
     source.turn()
     assert bytes(target.bytes) == bytes(64)
     assert answers == []
@@ -59,7 +59,7 @@ def test_a_push_of_a_closed_endpoint_is_answered_once_and_may_still_land(sides):
     answers = []
     hub.hold()
     endpoint = connect(source, target)
-    endpoint.push([(source.address, target.address, 8)], 1.0, answers.append)
+    endpoint.push([(source.address, target.address, 8, 0)], 1.0, answers.append)
     endpoint.close()
     source.bytes[0] = 99  # the source is free to be reused
     source.turn()
@@ -89,4 +89,18 @@ def test_losing_a_peer_is_told_once(sides):
 def test_a_write_outside_of_the_registered_memory_is_our_bug(sides):
     _, source, target = sides
     with pytest.raises(LocalProtocolError, match="not registered"):
-        connect(source, target).push([(source.address, target.address + 60, 8)], 1.0, print)
+        connect(source, target).push([(source.address, target.address + 60, 8, 0)], 1.0, print)
+
+
+def test_a_write_names_the_memory_it_goes_to(sides):
+    _, source, target = sides
+    other = (ctypes.c_ubyte * 64)()
+    keys = [target.key, target.transport.map(ctypes.addressof(other), 64)]
+    endpoint = source.transport.connect(target.transport.address, keys, print)
+    answers = []
+    endpoint.push([(source.address, ctypes.addressof(other), 8, 1)], 1.0, answers.append)
+    source.turn()
+    assert answers == [None]
+    assert bytes(other) == b"\7" * 8 + bytes(56)
+    with pytest.raises(LocalProtocolError, match="not registered"):
+        endpoint.push([(source.address, ctypes.addressof(other), 8, 0)], 1.0, print)

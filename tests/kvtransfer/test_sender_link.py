@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from kvtransfer.hello import decode_hello
+from kvtransfer.shards import size_bytes
 from pdserve import wire
 from pdserve.edge.rpc import CHANNEL_OPTIONS
 from pdserve.v1 import transfer_service_pb2 as pb, transfer_service_pb2_grpc
@@ -18,13 +19,14 @@ TOKENS = 14
 class RawDecode:
     """A decode worker that says whatever the test wants it to say."""
 
-    def __init__(self, call, pool, transport):
+    def __init__(self, call, pool, keys, transport):
         self.call = call
         self.pool = pool
+        self.keys = keys
         self.transport = transport
 
     async def hello(self, **changes):
-        own = decode_hello(self.pool.memory, b"key", self.transport, worker="d0", incarnation=2)
+        own = decode_hello(self.pool.memory, self.keys, self.transport, worker="d0", incarnation=2)
         for name, value in changes.items():
             setattr(own, name, value)
         await self.call.write(pb.DecodeMessage(hello=own))
@@ -47,10 +49,12 @@ async def dialled(stage, hub, prefill):
     loop = asyncio.get_running_loop()
     transport.start([].append, loop.call_soon_threadsafe)
     pool = stage.Pool(48, fill=0)
-    transport.map(pool.memory.address, pool.memory.size_bytes)
+    keys = [
+        transport.map(shard.address, size_bytes(pool.memory, shard)) for shard in pool.memory.shards
+    ]
     async with grpc.aio.insecure_channel(prefill.address, options=CHANNEL_OPTIONS) as channel:
         call = transfer_service_pb2_grpc.TransferServiceStub(channel).Link()
-        yield RawDecode(call, pool, transport)
+        yield RawDecode(call, pool, keys, transport)
         call.cancel()
     transport.close()
 

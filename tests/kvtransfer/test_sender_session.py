@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from kvtransfer.copyplan import Part
 from kvtransfer.sender_events import (
     Abandoned,
     AckRevoke,
@@ -33,63 +34,75 @@ from pdserve.request import Key
 KEY = Key("0" * 32, 0)
 
 
-def session(*, layers=2, tokens=7, computed=0):
+def parts_of(layers=2, shards=1):
+    return tuple(Part(layer, shard) for layer in range(layers) for shard in range(shards))
+
+
+def session(*, layers=2, shards=1, tokens=7, computed=0):
     """Blocks of 2 tokens."""
     blocks = tuple(range(10, 10 + -(-tokens // 2)))
     return SenderSession(
         KEY,
         blocks,
-        layer_count=layers,
+        parts=parts_of(layers, shards),
         block_tokens=2,
         token_count=tokens,
         computed_count=computed,
     )
 
 
-def to(epoch=0, *, link=1, held=0, count=4):
-    return Destination(epoch, link, tuple(range(count)), held)
+def to(epoch=0, *, link=1, held=0, count=4, at_once=9):
+    return Destination(epoch, link, tuple(range(count)), held, at_once)
 
 
 def spans(commands):
-    return [(c.layer, c.start, c.stop) for c in commands if isinstance(c, Push)]
+    return [(c.part.layer, c.start, c.stop) for c in commands if isinstance(c, Push)]
 
 
 def test_a_signal_before_its_destination_is_kept_and_pushed_once():
     sender = session()
-    assert sender.step(Signalled(0, 4)) == ()
+    assert sender.step(Signalled(Part(0, 0), 4)) == ()
     assert sender.pending_signal_count == 1
     commands = sender.step(Placed(to()))
     assert commands[0] == Welcome()
     assert spans(commands) == [(0, 0, 2)]
     assert sender.pending_signal_count == 0
-    assert spans(sender.step(Signalled(1, 4))) == [(1, 0, 2)]
+    assert spans(sender.step(Signalled(Part(1, 0), 4))) == [(1, 0, 2)]
 
 
 def test_only_the_last_chunk_pushes_a_partial_block():
     sender = session(layers=1)
     sender.step(Placed(to()))
-    assert spans(sender.step(Signalled(0, 5))) == [(0, 0, 2)]
-    sender.step(Pushed(0))
-    assert spans(sender.step(Signalled(0, 7))) == [(0, 2, 4)]
+    assert spans(sender.step(Signalled(Part(0, 0), 5))) == [(0, 0, 2)]
+    sender.step(Pushed(Part(0, 0)))
+    assert spans(sender.step(Signalled(Part(0, 0), 7))) == [(0, 2, 4)]
 
 
 def test_a_layer_has_one_push_out_and_the_latest_signal_wins():
     sender = session(layers=1)
     sender.step(Placed(to()))
-    assert spans(sender.step(Signalled(0, 2))) == [(0, 0, 1)]
-    assert sender.step(Signalled(0, 4)) == ()
-    assert sender.step(Signalled(0, 7)) == ()
-    assert spans(sender.step(Pushed(0))) == [(0, 1, 4)]
+    assert spans(sender.step(Signalled(Part(0, 0), 2))) == [(0, 0, 1)]
+    assert sender.step(Signalled(Part(0, 0), 4)) == ()
+    assert sender.step(Signalled(Part(0, 0), 7)) == ()
+    assert spans(sender.step(Pushed(Part(0, 0)))) == [(0, 1, 4)]
+
+
+def test_a_push_covers_no_more_than_it_may_and_the_rest_follows():
+    sender = session(layers=1, computed=7)
+    sender.step(Completed(9))
+    assert spans(sender.step(Placed(to(at_once=3)))) == [(0, 0, 3)]
+    assert spans(sender.step(Pushed(Part(0, 0)))) == [(0, 3, 4)]
+    assert sender.step(Pushed(Part(0, 0))) == (SendLanded(to(at_once=3), 9),)
 
 
 def test_an_older_signal_changes_nothing_and_is_counted():
     sender = session()
-    sender.step(Signalled(0, 4))
+    sender.step(Signalled(Part(0, 0), 4))
     before = repr(sender)
-    assert sender.step(Signalled(0, 4)) == ()
-    assert sender.step(Signalled(0, 2)) == ()
-    assert sender.step(Signalled(0, 8)) == ()
-    assert sender.step(Signalled(2, 7)) == ()
+    assert sender.step(Signalled(Part(0, 0), 4)) == ()
+    assert sender.step(Signalled(Part(0, 0), 2)) == ()
+    assert sender.step(Signalled(Part(0, 0), 8)) == ()
+    assert sender.step(Signalled(Part(2, 0), 7)) == ()
     assert sender.refused_count == 4
     assert repr(sender) == before
 
@@ -97,8 +110,8 @@ def test_an_older_signal_changes_nothing_and_is_counted():
 def test_what_the_receiver_holds_is_not_pushed():
     sender = session(layers=1)
     sender.step(Placed(to(held=3)))
-    assert sender.step(Signalled(0, 6)) == ()
-    assert spans(sender.step(Signalled(0, 7))) == [(0, 3, 4)]
+    assert sender.step(Signalled(Part(0, 0), 6)) == ()
+    assert spans(sender.step(Signalled(Part(0, 0), 7))) == [(0, 3, 4)]
 
 
 def test_what_the_cache_had_is_pushed_as_soon_as_there_is_a_destination():
@@ -115,9 +128,9 @@ def test_nothing_to_push_still_lands():
 def test_it_lands_only_when_everything_is_flushed_and_the_token_is_known():
     sender = session(layers=2, computed=7)
     sender.step(Placed(to()))
-    assert sender.step(Pushed(0)) == ()
+    assert sender.step(Pushed(Part(0, 0))) == ()
     assert sender.step(Completed(9)) == ()
-    assert sender.step(Pushed(1)) == (SendLanded(to(), 9),)
+    assert sender.step(Pushed(Part(1, 0))) == (SendLanded(to(), 9),)
     assert sender.state is State.LANDING
 
 
@@ -125,8 +138,8 @@ def test_a_revoke_is_acknowledged_when_the_last_push_is_over_not_before():
     sender = session(computed=7)
     sender.step(Placed(to()))
     assert sender.step(Revoked(0)) == ()
-    assert sender.step(Pushed(1)) == ()
-    assert sender.step(PushFailed(0, "late")) == (AckRevoke(0),)
+    assert sender.step(Pushed(Part(1, 0))) == ()
+    assert sender.step(PushFailed(Part(0, 0), "late")) == (AckRevoke(0),)
     assert sender.state is State.WAITING
 
 
@@ -135,9 +148,9 @@ def test_a_larger_epoch_starts_again_from_the_beginning():
     sender.step(Placed(to()))
     sender.step(Revoked(0))
     assert sender.step(Placed(to(1, link=2))) == ()
-    commands = sender.step(Pushed(0))
+    commands = sender.step(Pushed(Part(0, 0)))
     assert commands[0] == AckRevoke(0)
-    assert commands[1] == Push(to(1, link=2), 0, 0, 4)
+    assert commands[1] == Push(to(1, link=2), Part(0, 0), 0, 4)
     assert Welcome() not in commands
 
 
@@ -145,7 +158,7 @@ def test_a_larger_epoch_replaces_one_that_was_not_revoked_and_says_so():
     sender = session(layers=1, computed=7)
     sender.step(Placed(to()))
     sender.step(Placed(to(3, link=2)))
-    failed, push = sender.step(Pushed(0))
+    failed, push = sender.step(Pushed(Part(0, 0)))
     assert isinstance(failed, ReportFailed)
     assert failed.destination == to()
     assert push.destination == to(3, link=2)
@@ -171,7 +184,7 @@ def test_a_cancelled_session_ends_when_its_push_is_over():
     sender = session(layers=1, computed=7)
     sender.step(Placed(to()))
     assert sender.step(Cancelled()) == ()
-    failed, ended = sender.step(Pushed(0))
+    failed, ended = sender.step(Pushed(Part(0, 0)))
     assert failed == ReportFailed(to(), "cancelled")
     assert ended == ReportEnded("cancelled")
 
@@ -180,7 +193,7 @@ def test_what_landed_after_its_deadline_did_land():
     sender = session(layers=1, computed=7)
     sender.step(Placed(to()))
     sender.step(Completed(9))
-    sender.step(Pushed(0))
+    sender.step(Pushed(Part(0, 0)))
     assert sender.step(Abandoned("late")) == ()
     assert sender.step(Sent()) == (ReportEnded(None),)
 
@@ -192,11 +205,11 @@ def test_what_landed_after_its_deadline_did_land():
 class World:
     """What the world has seen of a session: enough to tell whether it may do what it does."""
 
-    pushes: dict = field(default_factory=dict)  # layer -> the push that is out
+    pushes: dict = field(default_factory=dict)  # part -> the push that is out
     is_sending: bool = False
     epoch: int | None = None  # whose pushes and messages are out
-    flushed: tuple = ()  # positions at the destination of that epoch, per layer
-    signals: tuple = ()
+    flushed: dict = field(default_factory=dict)  # part -> its positions at that epoch's end
+    signals: dict = field(default_factory=dict)  # part -> tokens
     has_token: bool = False
     closed_epochs: frozenset = frozenset()
     owed_acks: frozenset = frozenset()
@@ -206,19 +219,19 @@ class World:
 
 BLOCKS, TOKENS = 2, 3
 DESTINATIONS = [
-    Destination(0, 1, (4, 5), 0),
-    Destination(1, 2, (6, 7), 1),
+    Destination(0, 1, (4, 5), 0, 1),
+    Destination(1, 2, (6, 7), 1, 2),
 ]
 
 
-def alphabet(layers, destinations):
+def alphabet(parts, destinations):
     return [
-        Signalled(0, 2),
-        *(Signalled(layer, TOKENS) for layer in range(layers)),
+        Signalled(Part(0, 0), 2),
+        *(Signalled(part, TOKENS) for part in parts),
         Completed(9),
         *(Placed(destination) for destination in destinations),
-        *(Pushed(layer) for layer in range(layers)),
-        PushFailed(0, "broken"),
+        *(Pushed(part) for part in parts),
+        PushFailed(Part(0, 0), "broken"),
         Sent(),
         SendFailed("broken"),
         *(Revoked(epoch) for epoch in range(len(destinations))),
@@ -232,7 +245,7 @@ def alphabet(layers, destinations):
 
 def clone(sender):
     twin = copy.copy(sender)
-    twin._signals, twin._pushed = list(sender._signals), list(sender._pushed)
+    twin._signals, twin._pushed = dict(sender._signals), dict(sender._pushed)
     twin._pushing = dict(sender._pushing)
     return twin
 
@@ -257,8 +270,8 @@ def frozen(value):
 def is_possible(event, world):
     """Answers come only to what is out."""
     match event:
-        case Pushed(layer) | PushFailed(layer):
-            return layer in world.pushes
+        case Pushed(part) | PushFailed(part):
+            return part in world.pushes
         case Sent() | SendFailed():
             return world.is_sending
         case _:
@@ -268,19 +281,17 @@ def is_possible(event, world):
 def see_event(event, sender, world):
     world = replace(world, pushes=dict(world.pushes))
     match event:
-        case Signalled(layer, count) if Signalled in TRANSITIONS[sender.state]:
-            signals = list(world.signals)
-            signals[layer] = max(signals[layer], count)
-            world.signals = tuple(signals)
+        case Signalled(part, count) if Signalled in TRANSITIONS[sender.state]:
+            known = max(world.signals[part], count)
+            world.signals = world.signals | {part: known}
         case Completed() if Completed in TRANSITIONS[sender.state]:
             world.has_token = True
-        case Pushed(layer):
-            push = world.pushes.pop(layer)
-            flushed = [set(positions) for positions in world.flushed]
-            flushed[layer] |= set(range(push.start, push.stop))
-            world.flushed = tuple(tuple(sorted(positions)) for positions in flushed)
-        case PushFailed(layer):
-            world.pushes.pop(layer)
+        case Pushed(part):
+            push = world.pushes.pop(part)
+            positions = {*world.flushed[part], *range(push.start, push.stop)}
+            world.flushed = world.flushed | {part: tuple(sorted(positions))}
+        case PushFailed(part):
+            world.pushes.pop(part)
         case Sent() | SendFailed():
             world.is_sending = False
         case Revoked(epoch):
@@ -295,26 +306,26 @@ def see_command(command, world):
         case Welcome():
             world.welcomes += 1
             assert world.welcomes == 1
-        case Push(destination, layer, start, stop):
+        case Push(destination, part, start, stop):
             if world.epoch != destination.epoch:
                 assert not is_out, "two epochs at once"
                 assert destination.epoch not in world.closed_epochs, "a push after the word"
                 held = tuple(range(destination.held_count))
                 world.epoch = destination.epoch
-                world.flushed = (held,) * len(world.signals)
-            assert layer not in world.pushes, "two pushes of one layer"
+                world.flushed = dict.fromkeys(world.signals, held)
+            assert part not in world.pushes, "two pushes of one part"
             assert not world.is_sending
-            ready = BLOCKS if world.signals[layer] == TOKENS else world.signals[layer] // 2
-            assert len(world.flushed[layer]) == start < stop <= ready
-            world.pushes[layer] = command
+            ready = BLOCKS if world.signals[part] == TOKENS else world.signals[part] // 2
+            assert len(world.flushed[part]) == start < stop <= ready
+            world.pushes[part] = command
         case SendLanded(destination):
             if world.epoch != destination.epoch:
                 held = tuple(range(destination.held_count))
                 world.epoch = destination.epoch
-                world.flushed = (held,) * len(world.signals)
+                world.flushed = dict.fromkeys(world.signals, held)
             assert not is_out
             assert world.has_token
-            assert set(world.flushed) == {(0, 1)}, "landed without every block"
+            assert set(world.flushed.values()) == {(0, 1)}, "landed without every block"
             world.is_sending = True
         case AckRevoke(epoch):
             assert not (is_out and world.epoch == epoch), "acknowledged with a write out"
@@ -354,17 +365,21 @@ def ends(sender, world):
     assert not world.owed_acks
 
 
-@pytest.mark.parametrize(("layers", "destinations"), [(1, DESTINATIONS), (2, DESTINATIONS[:1])])
-def test_every_order_of_events_keeps_the_rules(layers, destinations):
-    start = session(layers=layers, tokens=TOKENS)
-    todo = [(start, World(signals=(0,) * layers))]
+@pytest.mark.parametrize(
+    ("layers", "shards", "destinations"),
+    [(1, 1, DESTINATIONS), (2, 1, DESTINATIONS[:1]), (1, 2, DESTINATIONS[:1])],
+)
+def test_every_order_of_events_keeps_the_rules(layers, shards, destinations):
+    parts = parts_of(layers, shards)
+    start = session(layers=layers, shards=shards, tokens=TOKENS)
+    todo = [(start, World(signals=dict.fromkeys(parts, 0)))]
     seen = {fingerprint(*todo[0])}
     visited = set()
     while todo:
         sender, world = todo.pop()
         visited.add(sender.state)
         ends(sender, world)
-        for event in alphabet(layers, destinations):
+        for event in alphabet(parts, destinations):
             if not is_possible(event, world):
                 continue
             following = follow(sender, world, event)

@@ -106,11 +106,11 @@ def test_a_push_past_its_deadline_leaves_nothing_in_the_kernel(receiver):
         transport.map(base, SIZE_BYTES)
         facts = receiver.facts
         address, key = bytes.fromhex(facts["address"]), bytes.fromhex(facts["key"])
-        endpoint = transport.connect(address, key, Losses())
+        endpoint = transport.connect(address, [key], Losses())
 
         async def push(size_bytes, timeout_s):
             answered = loop.create_future()
-            runs = [(base, facts["base"], size_bytes)]
+            runs = [(base, facts["base"], size_bytes, 0)]
             endpoint.push(runs, timeout_s, answered.set_result)
             return answered, runs
 
@@ -153,7 +153,7 @@ def test_connections_to_others_are_left_alone(receiver):
         lost = Losses()
         address = bytes.fromhex(receiver.facts["address"])
         try:
-            endpoint = transport.connect(address, b"", lost)
+            endpoint = transport.connect(address, (), lost)
             answered = asyncio.get_running_loop().create_future()
             endpoint.send(b"word", 5.0, answered.set_result)
             assert await answered is None

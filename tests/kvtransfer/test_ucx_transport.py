@@ -63,11 +63,11 @@ def test_a_push_is_at_the_peer_when_it_is_answered(tls):
         source, target = Memory(7), Memory(0)
         with pair(tls) as (first, second, messages):
             key = second.map(target.address, SIZE)
-            endpoint = first.connect(second.address, key, Watch())
+            endpoint = first.connect(second.address, [key], Watch())
             half = SIZE // 2
             runs = [
-                (source.address + half, target.address, 100),
-                (source.address, target.address + half, half),
+                (source.address + half, target.address, 100, 0),
+                (source.address, target.address + half, half, 0),
             ]
             assert await answer(endpoint.push, runs, 5.0) is None
             assert bytes(target.bytes) == b"\7" * 100 + bytes(half - 100) + b"\7" * half
@@ -83,12 +83,12 @@ def test_a_peer_that_closes_is_a_reset_and_what_comes_after_fails():
         with pair("tcp") as (first, second, _):
             key = second.map(target.address, SIZE)
             watch = Watch()
-            endpoint = first.connect(second.address, key, watch)
-            await answer(endpoint.push, [(source.address, target.address, 8)], 5.0)
+            endpoint = first.connect(second.address, [key], watch)
+            await answer(endpoint.push, [(source.address, target.address, 8, 0)], 5.0)
             second.close()
             _, is_reset = await asyncio.wait_for(watch.lost, 5)
             assert is_reset
-            error = await answer(endpoint.push, [(source.address, target.address, 8)], 5.0)
+            error = await answer(endpoint.push, [(source.address, target.address, 8, 0)], 5.0)
             assert "reset" in error
 
     asyncio.run(scenario())
@@ -99,11 +99,11 @@ def test_a_closed_endpoint_answers_what_is_out_before_it_says_so():
         source, target = Memory(7), Memory(0)
         with pair("tcp") as (first, second, _):
             key = second.map(target.address, SIZE)
-            endpoint = first.connect(second.address, key, Watch())
+            endpoint = first.connect(second.address, [key], Watch())
             order = []
             closed = asyncio.get_running_loop().create_future()
             for _ in range(8):
-                endpoint.push([(source.address, target.address, SIZE)], 5.0, order.append)
+                endpoint.push([(source.address, target.address, SIZE, 0)], 5.0, order.append)
             endpoint.close(lambda: closed.set_result(len(order)))
             assert await asyncio.wait_for(closed, 5) == 8
             endpoint.close()
@@ -116,11 +116,11 @@ def test_after_the_end_everything_is_answered_at_once():
     async def scenario():
         source = Memory(7)
         with pair("tcp") as (first, second, _):
-            endpoint = first.connect(second.address, second.map(source.address, SIZE), Watch())
+            endpoint = first.connect(second.address, [second.map(source.address, SIZE)], Watch())
             first.close()
-            assert await answer(endpoint.push, [(source.address, source.address, 8)], 5.0)
+            assert await answer(endpoint.push, [(source.address, source.address, 8, 0)], 5.0)
             watch = Watch()
-            first.connect(second.address, b"", watch)
+            first.connect(second.address, (), watch)
             assert await asyncio.wait_for(watch.lost, 5) == ("the data plane is closed", False)
             drained = asyncio.Event()
             first.drain(drained.set)
@@ -144,7 +144,7 @@ def test_puts_that_would_be_emulated_are_refused(monkeypatch):
         with pair("tcp") as (first, second, _):
             target = Memory(0)
             watch = Watch()
-            first.connect(second.address, second.map(target.address, SIZE), watch)
+            first.connect(second.address, [second.map(target.address, SIZE)], watch)
             message, _ = await asyncio.wait_for(watch.lost, 5)
             assert "emulate" in message
 
@@ -165,8 +165,8 @@ def test_connecting_and_closing_leaves_nothing_behind():
             key = second.map(target.address, SIZE)
             counts = []
             for _ in range(50):
-                endpoint = first.connect(second.address, key, Watch())
-                runs = [(source.address, target.address, SIZE)]
+                endpoint = first.connect(second.address, [key], Watch())
+                runs = [(source.address, target.address, SIZE, 0)]
                 assert await answer(endpoint.push, runs, 5.0) is None
                 closed = asyncio.Event()
                 endpoint.close(closed.set)

@@ -105,11 +105,13 @@ class Endpoint:
 class RemoteMemory:
     def __init__(self, key, base, length):
         self.api = Api.present
+        self.key = key
         self.api.calls.append(("remote", key, base, length))
 
     def put_nb(self, memory, callback, offset, size):
         if self.api.fault is not None:
             raise self.api.fault
+        self.api.calls.append(("put", self.key))
         ctypes.memmove(offset, ctypes.addressof(memory), size)
         self.api.pending.append(callback)
         return "request"
@@ -200,8 +202,8 @@ def test_a_push_and_a_message_are_the_documented_calls(api):
             b"address",
             b"rkey",
         )
-        endpoint = transport.connect(b"peer", key, print)
-        runs = [(ctypes.addressof(source), ctypes.addressof(target) + 2, 4)]
+        endpoint = transport.connect(b"peer", [b"another", key], print)
+        runs = [(ctypes.addressof(source), ctypes.addressof(target) + 2, 4, 1)]
         assert await answer(endpoint.push, runs, 5.0) is None
         assert target.raw == b"\0\0abcd\0\0"
         endpoint.send(b"word", 5.0, print)
@@ -211,15 +213,17 @@ def test_a_push_and_a_message_are_the_documented_calls(api):
     assert api.calls[0][2] == ("rma", "tag", "wakeup")
     assert api.calls[0][1]["RNDV_THRESH"] == "inf"
     assert ("connect", b"peer", True) in api.calls
-    assert ("remote", b"rkey", 0, (1 << 64) - 1) in api.calls
+    remotes = [call for call in api.calls if call[0] == "remote"]
+    assert remotes == [("remote", name, 0, (1 << 64) - 1) for name in (b"another", b"rkey")]
+    assert ("put", b"rkey") in api.calls
     assert api.calls[-4:] == [("close",), ("unmap",), ("destroy",), ("cleanup",)]
 
 
 def test_a_put_that_fails_fails_its_push(api):
     async def scenario(transport, _):
-        endpoint = transport.connect(b"peer", b"rkey", ignore)
+        endpoint = transport.connect(b"peer", [b"rkey"], ignore)
         api.fault = UCXError("no")
-        assert "UCX" in await answer(endpoint.push, [(1, 2, 3)], 5.0)
+        assert "UCX" in await answer(endpoint.push, [(1, 2, 3, 0)], 5.0)
 
     run(scenario)
 
@@ -232,7 +236,7 @@ def test_a_reset_that_ucx_has_noticed_is_told(api):
             del message
             lost.set_result(is_reset)
 
-        endpoint = transport.connect(b"peer", b"rkey", on_lost)
+        endpoint = transport.connect(b"peer", [b"rkey"], on_lost)
         await answer(endpoint.push, [], 5.0)
         api.endpoint.error = UCXConnectionReset("gone")
         transport.drain(lambda: None)  # any turn of the engine notices it

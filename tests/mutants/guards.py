@@ -5,12 +5,12 @@ around it.  ``new`` is what stands there when somebody "simplifies" the guard aw
 are the fast ones that have to notice.
 """
 
+from tests.mutants.content_guards import CONTENT_GUARDS
 from tests.mutants.guard import (
     BUFFER,
     CACHE,
     DECODE,
     JOURNEY,
-    LINK,
     PREFILL,
     PROOF,
     RECEIVER,
@@ -165,7 +165,7 @@ GUARDS = (
     Guard(
         "fence: landed after flush",
         "kvtransfer/sender_session.py",
-        "and all(count == self.block_count for count in self._pushed)",
+        "and all(count == self.block_count for count in self._pushed.values())",
         "",
         "landed is said before the last block is there",
         SENDER,
@@ -239,8 +239,8 @@ GUARDS = (
     Guard(
         "buffer: early layer signal",
         "kvtransfer/sender_session.py",
-        "self._signals[layer] = token_count",
-        "self._signals[layer] = token_count if self.destination else self._signals[layer]",
+        "self._signals[part] = token_count",
+        "self._signals[part] = token_count if self.destination else self._signals[part]",
         "a layer that was done before its destination came is never pushed",
         SENDER,
     ),
@@ -392,104 +392,5 @@ GUARDS = (
         "an aborted request is decoded to its end for nobody",
         JOURNEY,
     ),
-    # Bytes and identities.
-    Guard(
-        "checksum",
-        "kvtransfer/receiver.py",
-        "if seen == wanted:",
-        "if True:",
-        "corrupt KV is decoded",
-        agents("test_a_flipped_bit_is_noticed"),
-    ),
-    Guard(
-        "session id",
-        "kvtransfer/receiver.py",
-        "elif not hmac.compare_digest(message.session_id, handoff.connection.session_id):",
-        "elif False:",
-        "whoever reaches the port can say that KV has landed",
-        agents("test_messages_of_the_data_plane_are_believed_only_with_the_session_id"),
-    ),
-    Guard(
-        "destination in bounds",
-        "kvtransfer/sender_link.py",
-        "if blocks and not 0 <= min(blocks) <= max(blocks) < link.block_count:",
-        "if False:",
-        "a wrong block number writes outside of the pool",
-        LINK,
-    ),
-    Guard(
-        "prefix after compute: prefill",
-        "prefill/scheduler.py",
-        "self._cache.publish_chain(sequence.chain, sequence.tokens, sequence.blocks, stop)",
-        "self._cache.publish_chain(\n                    sequence.chain, sequence.tokens, "
-        "sequence.blocks, len(sequence.tokens)\n                )",
-        "a prefix is found before it is computed",
-        PREFILL,
-    ),
-    Guard(
-        "prefix after compute: decode",
-        "decode/scheduler.py",
-        "computed_count = len(sequence.tokens) - 1",
-        "computed_count = len(sequence.tokens)",
-        "a block whose last token is not computed is found",
-        DECODE,
-    ),
-    Guard(
-        "prefix after landing",
-        "decode/scheduler.py",
-        "sequence.slot = self._slots.pop()",
-        "sequence.slot = self._slots.pop()\n        "
-        "self._room.publish(sequence, len(sequence.tokens))",
-        "a prompt is found before its KV has landed",
-        DECODE,
-    ),
-    Guard(
-        "prefix salt",
-        "pdserve/prefix.py",
-        "hashlib.blake2b(salt, digest_size",
-        'hashlib.blake2b(b"", digest_size',
-        "tenants share blocks, and learn of each other's prompts",
-        CACHE,
-    ),
-    # Bounds.
-    Guard(
-        "credits",
-        "prefill/scheduler.py",
-        "or self._ahead_counts[sequence.decode_worker] < self._credits",
-        "or True",
-        "one full decode worker fills prefill's pool and stalls the others",
-        PREFILL,
-    ),
-    Guard(
-        "preempt the youngest",
-        "decode/scheduler.py",
-        "return max(younger",
-        "return min(younger",
-        "an old request gives way to a young one, perhaps for ever",
-        DECODE,
-    ),
-    Guard(
-        "deadline: prefill",
-        "prefill/scheduler.py",
-        "for key in self._deadlines.expire(now_s):",
-        "for key in ():",
-        "a request that finds no room waits for ever",
-        PREFILL,
-    ),
-    Guard(
-        "deadline: decode",
-        "decode/scheduler.py",
-        "for key, epoch in self._deadlines.expire(now_s):",
-        "for key, epoch in ():",
-        "a reservation whose KV never lands waits for ever",
-        DECODE,
-    ),
-    Guard(
-        "deadline: journey",
-        "router/journey.py",
-        "if due_s is None or now_s < due_s:",
-        "if True:",
-        "a request nobody works on waits for ever",
-        JOURNEY,
-    ),
+    *CONTENT_GUARDS,
 )

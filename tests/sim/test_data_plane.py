@@ -45,13 +45,15 @@ class Side:
         def on_lost(message: str, *, is_reset: bool) -> None:
             self.lost.append((message, is_reset))
 
-        return self.node.call(self.transport.connect, target.transport.address, target.key, on_lost)
+        keys = [target.key]
+        return self.node.call(self.transport.connect, target.transport.address, keys, on_lost)
 
     def push(self, endpoint: SimEndpoint, target: Side, timeout_s: float = LONG_S) -> None:
         """Write all of the memory, in four runs."""
         part = SIZE // 4
         runs = [
-            (self.address + place, target.address + place, part) for place in range(0, SIZE, part)
+            (self.address + place, target.address + place, part, 0)
+            for place in range(0, SIZE, part)
         ]
         self.node.call(endpoint.push, runs, timeout_s, self.answers.append)
 
@@ -127,7 +129,7 @@ def test_a_message_comes_after_all_pushes_that_are_done() -> None:
             assert answer is None
             endpoint.send(b"word", LONG_S, source.answers.append)
 
-        runs = [(source.address, target.address, SIZE)]
+        runs = [(source.address, target.address, SIZE, 0)]
         source.node.call(endpoint.push, runs, LONG_S, send)
         await until(lambda: target.messages)
         assert target.messages == [b"word"]
@@ -392,12 +394,12 @@ def test_a_write_that_real_hardware_would_not_stop_ends_the_simulation(fault: st
         source, target = world.source, world.target
         endpoint = source.connect(target)
         runs = {
-            "outside": (source.address, target.address + SIZE - 8, 16),
-            "foreign key": (source.address, target.address, 8),
-            "foreign source": (target.address, target.address, 8),
+            "outside": (source.address, target.address + SIZE - 8, 16, 0),
+            "foreign key": (source.address, target.address, 8, 0),
+            "foreign source": (target.address, target.address, 8, 0),
         }
         if fault == "foreign key":
-            endpoint.key = source.key
+            endpoint.keys = (source.key,)
         source.node.call(endpoint.push, [runs[fault]], LONG_S, source.answers.append)
         await asyncio.sleep(1)
 

@@ -7,21 +7,23 @@ from random import Random
 
 import pytest
 
-from engine.step import Binding, Chunk, SampledToken, StepPlan
+from engine.step import Binding, Chunk, SampledToken, StepPlan, StepResult
 from pdserve.request import Key, Request, SamplingParams
 from sim.clock import VirtualLoop
 from sim.executor import DeviceTiming, SimExecutor, StepDied
+from sim.guesses import NO_GUESSES, Guesswork
 from sim.oracle import POISON, Oracle, SimViolation
 
 KEY = Key("a" * 32, 0)
 REQUEST = Request(KEY, (5, 6, 7, 8, 9), 4, sampling=SamplingParams(temperature=0.0))
+FIRST = Oracle(2, 101, 64).reference(REQUEST)[0][0]
 TIMING = DeviceTiming(step_s=0.01, token_s=0.0, jitter=0.0)
 
 
 class Device:
     """An executor with the oracle and what it found wrong."""
 
-    def __init__(self, timing: DeviceTiming = TIMING) -> None:
+    def __init__(self, timing: DeviceTiming = TIMING, guesswork: Guesswork = NO_GUESSES) -> None:
         self.loop = VirtualLoop(Random(1))
         self.oracle = Oracle(2, 101, 64)
         self.wanted = self.oracle.reference(REQUEST)[0]
@@ -35,6 +37,7 @@ class Device:
             timing=timing,
             rng=Random(2),
             on_violation=self.found.append,
+            guesswork=guesswork,
         )
 
     def run(self, *plans: StepPlan) -> list[dict[Key, int] | Exception]:
@@ -156,3 +159,84 @@ def test_results_of_a_deep_pipeline_come_late_and_in_order() -> None:
     assert [round(at_s - begin_s, 6) for at_s in times_s] == [0.06, 0.07, 0.08]
     assert device.executor.in_flight_count == 0
     assert device.executor.in_flight_max == 3
+
+
+def guessing(start: int, *tokens: int, draft_count: int, block_count: int = 0) -> StepPlan:
+    stop = start + len(tokens)
+    blocks = tuple(range(3, 3 + (block_count or -(-stop // 2))))
+    return StepPlan(start, (Chunk(KEY, 0, start, stop, tokens, blocks, True, draft_count),))
+
+
+def results_of(device: Device, *plans: StepPlan) -> list[StepResult]:
+    async def play() -> list[StepResult]:
+        futures = [asyncio.wrap_future(device.executor.submit(plan)) for plan in plans]
+        return list(await asyncio.gather(*futures))
+
+    return device.loop.run_until_complete(play())
+
+
+def tokens_in(results: list[StepResult]) -> list[list[int]]:
+    return [[each.token for each in result.tokens.get(KEY, ())] for result in results]
+
+
+def test_right_guesses_bring_more_tokens_and_wrong_ones_leave_no_trace() -> None:
+    device = Device()
+    a, b, c, d = device.wanted
+    plans = [
+        PREFILL,
+        guessing(5, a, b, c + 1, d, draft_count=3),  # b is right, what follows is not
+        guessing(7, c, draft_count=0),
+    ]
+    assert tokens_in(results_of(device, *plans)) == [[a], [b, c], [d]]
+    assert (device.executor.right_count, device.executor.wrong_count) == (1, 2)
+    assert device.found == []
+
+
+def test_a_reader_of_what_a_wrong_guess_left_is_found() -> None:
+    device = Device()
+    a, b, _, _ = device.wanted
+    results_of(device, PREFILL, guessing(5, a, 1 + b, draft_count=1))
+    other = Request(Key("b" * 32, 0), (*REQUEST.prompt, a, b, 3), 4, sampling=REQUEST.sampling)
+    thief = Chunk(other.key, 1, 7, 8, (3,), (3, 4, 5, 6), samples=True)
+    device.run(StepPlan(9, (thief,), (Binding(1, other, ()),)))
+    assert "position 6, block 6 holds" in str(device.found[0])
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (guessing(4, 9, 1, draft_count=1), "guesses at what is known"),
+        (guessing(5, 1, 1, draft_count=1), "foreign tokens"),
+        (guessing(5, FIRST, draft_count=0, block_count=4), "has 4 blocks"),
+    ],
+)
+def test_an_impossible_guess_is_found(plan: StepPlan, message: str) -> None:
+    device = Device()
+    device.run(PREFILL, plan)
+    assert message in str(device.found[0])
+
+
+def test_guesses_are_right_as_often_as_told() -> None:
+    for chance, low, high in ((0.0, 0.0, 0.05), (0.6, 0.5, 0.7), (1.0, 1.0, 1.0)):
+        guesswork = Guesswork(3, chance, Random(7), lookahead_tokens=3)
+        right_count, count = 0, 0
+        for _ in range(60):
+            device = Device(guesswork=guesswork)
+            (result,) = results_of(device, PREFILL)
+            drafts = result.drafts[KEY]
+            count += bool(drafts)
+            right_count += drafts[:1] == device.wanted[1:2]
+        assert low <= right_count / count <= high
+
+
+def test_a_draft_models_scribbles_behind_a_chunk_are_written_over() -> None:
+    device = Device(guesswork=Guesswork(0, 0.0, Random(1), lookahead_tokens=3))
+    a, b, c, d = device.wanted
+    plans = [
+        PREFILL,
+        guessing(5, a, draft_count=0, block_count=4),
+        guessing(6, b, draft_count=0, block_count=5),
+        guessing(7, c, draft_count=0),
+    ]
+    assert tokens_in(results_of(device, *plans)) == [[a], [b], [c], [d]]
+    assert device.found == []

@@ -188,8 +188,8 @@ def start_executor() -> Iterator[Callable[..., TorchExecutor]]:
             "threads": 1,
             "step_depth": 4,
         }
-        dtype = changes.pop("dtype", "float32")
-        config = ModelConfig(path=str(folder), dtype=dtype)
+        dtype, backend = changes.pop("dtype", "float32"), changes.pop("backend", "auto")
+        config = ModelConfig(path=str(folder), dtype=dtype, backend=backend)
         started.append(load_executor(config, Resources(**{**settings, **changes})))
         return started[-1]
 

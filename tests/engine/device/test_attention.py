@@ -71,3 +71,34 @@ def test_padding_to_a_longer_neighbour_changes_no_bit() -> None:
     for row, span in enumerate(spans):
         alone = attention(queries[row : row + 1], pool.heads[0], attention.group([span], None))
         assert torch.equal(alone[0], together[row]), f"{span.stop} tokens"
+
+
+@pytest.mark.parametrize("query_count", [2, 5, 33])
+@pytest.mark.parametrize("window", [None, 40])
+def test_guesses_of_several_sequences_share_a_call_and_no_bit_changes(
+    query_count: int, window: int | None
+) -> None:
+    torch.manual_seed(4)
+    pool = KvPool(KvLayout(1, 16, 2, 16, "float32"), 100)
+    pool._blocks.normal_()
+    attention = Attention(head_count=4, kv_head_count=2, head_dim=16, block_tokens=16)
+    stops = (query_count, 90, 200, 417)
+    spans = [
+        Span(stop - query_count, stop, torch.randperm(100)[: -(-stop // 16)].tolist())
+        for stop in stops
+    ]
+    assert order_spans(spans) == [[0, 1, 2, 3]]
+    queries = torch.randn(4 * query_count, 4, 16)
+    together = attention(queries, pool.heads[0], attention.group(spans, window))
+    for place, span in enumerate(spans):
+        for row in range(query_count):
+            at = span.start + row
+            single = Span(at, at + 1, span.blocks[: at // 16 + 1])
+            query = queries[place * query_count + row].unsqueeze(0)
+            alone = attention(query, pool.heads[0], attention.group([single], window))
+            assert torch.equal(alone[0], together[place * query_count + row])
+
+
+def test_spans_of_different_lengths_do_not_share_a_call() -> None:
+    spans = [Span(0, 2, ()), Span(0, 3, ()), Span(5, 7, ()), Span(0, 34, ()), Span(0, 34, ())]
+    assert sorted(order_spans(spans)) == [[0, 2], [1], [3], [4]]

@@ -1,5 +1,7 @@
 """A step's rows: who is where, what is padded, and whose logits are asked for."""
 
+from itertools import groupby
+
 import pytest
 import torch
 
@@ -70,3 +72,20 @@ def test_all_rows_are_wanted_only_where_each_is_and_in_order() -> None:
     assert build(Row((7,), 2, (5,), 1), Row((8,), 3, (4,), 1)).wants_all
     assert not build(Row((7, 8), 2, (5,), 1)).wants_all
     assert not build(Row((7,), 2, (5,), 1), Row((8,), 3, (4,), 0)).wants_all
+
+
+def test_logits_of_a_row_are_neighbours_in_order_though_its_spans_are_parted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_SPAN_TOKENS_MAX", 4)
+    batch = build(
+        Row(range(5), 3, (0, 1), 5),  # a span of 4, and one of 1 that comes before it
+        Row((7,), 4, (2, 3), 1),
+        Row(range(9), 0, (4, 5, 6), 6),
+    )
+    wanted = {0: [3, 4, 5, 6, 7], 1: [4], 2: [3, 4, 5, 6, 7, 8]}
+    assert [key for key, _ in groupby(batch.sampled)] == list(dict.fromkeys(batch.sampled))
+    found: dict[int, list[int]] = {}
+    for index, row in zip(batch.sampled, batch.wanted.tolist(), strict=True):
+        found.setdefault(index, []).append(int(batch.positions[row]))
+    assert found == wanted

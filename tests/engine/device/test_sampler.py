@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.device import sampler
-from engine.device.sampler import sample
+from engine.device.sampler import Trial, sample, verify
 from engine.device.slots import Slot
 from engine.step import Binding, SampledToken
 from pdserve.request import Key, Request, SamplingParams
@@ -269,3 +269,132 @@ def test_a_seed_and_a_position_decide_the_draw_whatever_the_slot() -> None:
     assert first.uniform == second.uniform
     second.push(0)
     assert first.uniform != second.uniform
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0},
+    {"top_p": 0.7, "temperature": 0.6},
+    {"repetition_penalty": 2.0, "frequency_penalty": 1.5, "presence_penalty": 1.0},
+    {"temperature": 0.0, "repetition_penalty": 3.0, "frequency_penalty": 2.0},
+    {"logit_bias": ((5, 4.0), (9, -3.0)), "logprob_count": 2},
+]
+
+
+def one_by_one(rows: Any, slot: Slot) -> list[SampledToken]:
+    """What a step without guesses gives, time after time, if ``rows`` are its logits."""
+    found = [sample(row[None].copy(), [slot])[0] for row in rows]
+    return [each for each in found if isinstance(each, SampledToken)]
+
+
+@pytest.mark.parametrize("right_count", [0, 1, 2, 3, 4])
+def test_guesses_bring_the_very_tokens_that_come_without_them(right_count: int) -> None:
+    """Penalties count each token of the step before the next of it is chosen."""
+    logits = make_logits(5 * len(KINDS), seed=right_count).reshape(len(KINDS), 5, VOCAB_SIZE)
+    trials, wanted = [], []
+    for number, kind in enumerate(KINDS):
+        tokens = one_by_one(logits[number], make_slot(number, stop_tokens=STOPS, minimum=2, **kind))
+        guesses = [each.token for each in tokens[:4]]
+        guesses[right_count:] = [(token + 1) % VOCAB_SIZE for token in guesses[right_count:]]
+        slot = make_slot(number, stop_tokens=STOPS, minimum=2, **kind)
+        trials.append(Trial(slot, tuple(guesses)))
+        wanted.append(tuple(tokens[: right_count + 1]))
+    assert verify(logits.reshape(-1, VOCAB_SIZE).copy(), trials) == wanted
+    for trial in trials:
+        assert trial.slot.output_count == right_count + 1
+
+
+STOPS = frozenset({int(make_logits(5, seed=1)[0].argmax())})
+
+
+def test_a_right_guess_behind_a_wrong_one_is_not_taken() -> None:
+    rows = make_logits(3)
+    tokens = [each.token for each in one_by_one(rows, make_slot(temperature=0.0))]
+    trial = Trial(make_slot(temperature=0.0), (tokens[0] + 1, tokens[1]))
+    assert verify(rows.copy(), [trial]) == [(SampledToken(tokens[0]),)]
+
+
+def test_trials_of_any_length_go_together() -> None:
+    logits = make_logits(9)
+    places = {0: [0], 1: [1, 2, 3, 4], 2: [5, 6, 7], 3: [8]}
+    trials, wanted = [], []
+    for number, rows in places.items():
+        tokens = one_by_one(logits[rows], make_slot(number))
+        trials.append(Trial(make_slot(number), tuple(each.token for each in tokens[:-1])))
+        wanted.append(tuple(tokens))
+    assert verify(logits.copy(), trials) == wanted
+
+
+def test_a_fault_behind_a_right_guess_is_left_to_the_next_step() -> None:
+    """As without guesses, the tokens before it are the user's, and neighbours go on."""
+    logits = make_logits(6)
+    good = one_by_one(logits[:3], make_slot(1))
+    also = one_by_one(logits[3:], make_slot(2))
+    logits[2] = np.nan
+    trials = [
+        Trial(make_slot(number), tuple(each.token for each in tokens[:2]))
+        for number, tokens in ((1, good), (2, also))
+    ]
+    assert verify(logits.copy(), trials) == [tuple(good[:2]), tuple(also)]
+    broken = verify(logits[2:3].copy(), [Trial(trials[0].slot, ())])
+    assert broken == ["the model gave logits that are not finite"]
+    logits[0] = np.nan
+    at_once = verify(logits.copy(), [Trial(make_slot(n), trials[n - 1].guesses) for n in (1, 2)])
+    assert at_once == ["the model gave logits that are not finite", tuple(also)]
+
+
+COUPLED: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.3, "top_k": 4},
+    {"temperature": 1.0, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("filters", COUPLED, ids=str)
+def test_guessing_leaves_the_distribution_and_shares_the_draftsmans_luck(
+    filters: dict[str, Any],
+) -> None:
+    """Chi-square over pairs of tokens that 3,000 seeds draw with guesses of another model.
+
+    The other model samples at the same random number, so its guess is right far more often than
+    one drawn apart (the sum of p q); the best that any guess can do is the sum of min(p, q).
+    """
+    seed_count, size = 3000, 8
+    generator = np.random.default_rng(5)
+    target = generator.standard_normal((size + 1, size)).astype(np.float32) * 1.2
+    draft = target + 0.5 * generator.standard_normal(target.shape).astype(np.float32)
+    slots = [make_slot(seed, vocab_size=size, **filters) for seed in range(seed_count)]
+    marks = [slot.mark() for slot in slots]
+    start = np.full(seed_count, size)  # the row of the first token
+    guesses = tokens_of(sample(draft[start], slots, is_guess=True))
+    for slot, mark, guess in zip(slots, marks, guesses, strict=True):
+        slot.rewind(mark, (guess,))
+    rows = np.stack([target[start], target[guesses]], 1).reshape(-1, size)
+    trials = [Trial(slot, (guess,)) for slot, guess in zip(slots, guesses, strict=True)]
+    firsts, pairs = np.zeros(size), np.zeros((size, size))
+    right_count = 0
+    for outcome in verify(rows, trials):
+        assert not isinstance(outcome, str)
+        firsts[outcome[0].token] += 1
+        if len(outcome) == 2:
+            right_count += 1
+            pairs[outcome[0].token, outcome[1].token] += 1
+    params = SamplingParams(**filters)
+    chances = [plain_distribution(row, params) for row in target]
+    assert chi_square_is_small(firsts, chances[size] * seed_count)
+    for token in range(size):  # what follows a right guess depends on the token, not on the guess
+        assert chi_square_is_small(pairs[token], chances[token] * pairs[token].sum())
+    p, q = chances[size], plain_distribution(draft[size], params)
+    share = right_count / seed_count
+    assert (p * q).sum() + 0.1 < share <= np.minimum(p, q).sum() + 0.03
+
+
+def chi_square_is_small(seen: Any, expected: Any) -> bool:
+    assert seen[expected == 0].sum() == 0, "a filtered token was drawn"
+    common = expected >= 5
+    if common.sum() < 2:
+        return True
+    degrees = int(common.sum()) - 1
+    total = ((seen[common] - expected[common]) ** 2 / expected[common]).sum()
+    return bool(total <= degrees + 4 * np.sqrt(2 * degrees) + 4)  # beyond four sigma

@@ -1,0 +1,1 @@
+"""Kernels in C for the host processor, compiled at first use."""

@@ -1,0 +1,1 @@
+"""Guessing the next tokens from the text so far (docs/adr/0012)."""
