@@ -18,6 +18,12 @@ from pdserve.wire import request_to_wire
 
 PROMPT = list(range(40, 80))  # three chunks of the budget
 PHASES = worker_service_pb2.UpdateWeightsRequest
+# Two stages, and as many steps in flight: each worker is a leader and two processes.
+STAGES = {"prefill.pp": 2, "prefill.step_depth": 3, "decode.pp": 2, "decode.step_depth": 3}
+one_process_and_stages = pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, id="one process"), pytest.param(STAGES, id="stages", marks=pytest.mark.slow)],
+)
 
 
 async def last_chunk_in_flight(script, stream):
@@ -46,6 +52,7 @@ async def ask(worker, method, request):
         return await getattr(stub, method)(request, timeout=20)
 
 
+@one_process_and_stages
 async def test_a_flush_in_the_window_is_refused_with_the_reason(script, stream, undisturbed):
     reading = await last_chunk_in_flight(script, stream)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -60,6 +67,7 @@ async def test_a_flush_in_the_window_is_refused_with_the_reason(script, stream, 
     assert (await script.core.flush_cache(10.0))["dropped_blocks"] > 0
 
 
+@one_process_and_stages
 async def test_a_flush_with_a_timeout_waits_for_every_microbatch(script, stream, undisturbed):
     reading = await last_chunk_in_flight(script, stream)
     flushing = asyncio.create_task(script.core.flush_cache(20.0))
@@ -84,6 +92,7 @@ async def test_the_first_of_several_microbatches_settles_alone(script, stream, u
     assert await reading == undisturbed
 
 
+@one_process_and_stages
 async def test_a_drain_waits_for_the_window(script, stream, undisturbed):
     reading = await last_chunk_in_flight(script, stream)
     forever = asyncio.get_running_loop().create_future()
@@ -100,6 +109,7 @@ async def test_a_drain_waits_for_the_window(script, stream, undisturbed):
     script.prefill.worker.set_draining(False)
 
 
+@one_process_and_stages
 async def test_other_weights_wait_for_the_window(script, stream, undisturbed):
     reading = await last_chunk_in_flight(script, stream)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
