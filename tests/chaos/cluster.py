@@ -79,6 +79,8 @@ class Cluster:
     def settings(self) -> dict[str, object]:
         """Settings of all chaos clusters, and this setup's own on top."""
         common: dict[str, object] = {
+            # The portable kernels: slow enough to be caught in the middle of what they do.
+            "model.backend": "torch",
             "kv.checksum": "true",
             "test.enabled": "true",
             "history.path": str(self.history),

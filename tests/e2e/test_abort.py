@@ -64,8 +64,9 @@ class Caller:
 
 @pytest.fixture(scope="module")
 def small(start_cluster: Callable[..., Any]) -> Any:
-    # Few slots and small steps, so that requests can be held in every stage.
+    # Few slots, small steps and slow kernels, so that requests can be held in every stage.
     return start_cluster(
+        model__backend="torch",
         prefill__sequences_max=SLOTS,
         decode__sequences_max=SLOTS,
         prefill__token_budget=16,

@@ -9,12 +9,29 @@ import pytest
 
 pytestmark = pytest.mark.slow
 PROMPT = list(range(5, 60))
-TOKENS = 200
+TOKENS = 600  # some seconds: two heartbeats and more
 Start = Callable[..., Any]
 
 
 def ranks(worker: psutil.Process) -> list[psutil.Process]:
     return [each for each in worker.children() if "engine.device.parallel.rank" in each.cmdline()]
+
+
+def running(groups: Any) -> str:
+    """Which decode worker has the request, once a heartbeat has told."""
+    found: list[str] = []
+
+    def is_told() -> bool:
+        rows = groups.workers().items()
+        found.extend(
+            name
+            for name, row in rows
+            if row["role"] == "decode" and row["request_counts"].get("running")
+        )
+        return bool(found)
+
+    groups.await_true("a decode worker runs it", is_told)
+    return found[0]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +77,7 @@ def test_a_killed_rank_costs_its_worker_and_no_token(groups: Any) -> None:
                 continue
             seen += json.loads(line[6:])["choices"][0].get("token_ids") or []
             if len(seen) > 20 and not victim:
-                (name,) = (
-                    name
-                    for name, row in groups.workers().items()
-                    if row["role"] == "decode" and row["request_counts"]["running"]
-                )
+                name = running(groups)
                 victim = [processes[name], *ranks(processes[name])]
                 victim[2].kill()
     assert seen == wanted

@@ -26,7 +26,7 @@ class Ranks:
         self._is_receiving = is_receiving
         self._pool = pool
         self.model, self.memory = inner.model, pool.memory
-        self.close = inner.close
+        self.close, self.broken = inner.close, inner.broken
         own = inner.memory
         raw = (ctypes.c_ubyte * own.layout.pool_bytes(own.block_count)).from_address(
             own.shards[0].address
@@ -82,14 +82,14 @@ def config():
 def run(monkeypatch, shard):
     """Generate twice, the second time from the prefix cache; ``shard`` dresses the executors."""
     made = []
-    original = scripted.load_executor
+    original = scripted.load_worker_executor
 
     def make(*arguments):
         made.append(shard(original(*arguments), len(made)))
         return made[-1]
 
     async def play():
-        monkeypatch.setattr(scripted, "load_executor", make)
+        monkeypatch.setattr(scripted, "load_worker_executor", make)
         try:
             async with scripted.run_script(scripted.Script(config())) as script:
                 tokens = [await generate(script, seed=seed) for seed in (1, 2)]
@@ -100,7 +100,7 @@ def run(monkeypatch, shard):
                 dropped = [dict(each.audit.dropped_counts) for each in workers]
                 return tokens, dropped, made
         finally:
-            monkeypatch.setattr(scripted, "load_executor", original)
+            monkeypatch.setattr(scripted, "load_worker_executor", original)
 
     return asyncio.run(play())
 

@@ -38,7 +38,9 @@ def has_ended(watched: int, wait_s: float = WAIT_S) -> bool:
 
 def pools_here() -> list[str]:
     """What this process maps or holds of pools."""
-    held = [line for line in Path("/proc/self/maps").read_text().splitlines() if "pdserve" in line]
+    held = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:pdserve" in line
+    ]
     for file in Path("/proc/self/fd").iterdir():
         try:
             target = str(file.readlink())
