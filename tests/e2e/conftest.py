@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +132,16 @@ class Cluster:
         return list(answer.choices[0].token_ids)  # type: ignore[attr-defined]
 
 
-@pytest.fixture(scope="session")
-def start_cluster(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Callable[..., Cluster]]:
-    """Start clusters with ``pdctl up`` arguments and settings; all are taken down at the end."""
+@contextmanager
+def _starting(folders: pytest.TempPathFactory) -> Iterator[Callable[..., Cluster]]:
     running: list[Cluster] = []
 
-    def start(*arguments: str, **settings: object) -> Cluster:
+    def start(*arguments: str, is_slow: bool = False, **settings: object) -> Cluster:
+        if is_slow:
+            settings["model__backend"] = "torch"
         pairs = [f"--set={name.replace('__', '.')}={value}" for name, value in settings.items()]
         ports = ["--port", "0", "--admin-port", "0", "--set=router.grpc_port=0"]
-        state_dir = tmp_path_factory.mktemp("cluster")
+        state_dir = folders.mktemp("cluster")
         cluster = Cluster(state_dir, [*ports, "--set=kv.checksum=true", *pairs, *arguments])
         running.append(cluster)
         return cluster.up()
@@ -152,10 +151,21 @@ def start_cluster(
         cluster.down()
 
 
+@pytest.fixture(scope="module")
+def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cluster]]:
+    """Start clusters with ``pdctl up`` arguments and settings; they end with the module.
+
+    ``is_slow`` takes the portable kernels, to be caught in the middle of something.
+    """
+    with _starting(tmp_path_factory) as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
-def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The two-by-two cluster most tests share; each leaves it at baseline."""
-    return start_cluster("--prefill", "2", "--decode", "2", prefill__token_budget=64)
+    with _starting(tmp_path_factory) as start:
+        yield start("--prefill", "2", "--decode", "2", prefill__token_budget=64)
 
 
 @pytest.fixture

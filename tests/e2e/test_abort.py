@@ -66,7 +66,7 @@ class Caller:
 def small(start_cluster: Callable[..., Any]) -> Any:
     # Few slots, small steps and slow kernels, so that requests can be held in every stage.
     return start_cluster(
-        model__backend="torch",
+        is_slow=True,
         prefill__sequences_max=SLOTS,
         decode__sequences_max=SLOTS,
         prefill__token_budget=16,

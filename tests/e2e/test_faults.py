@@ -59,7 +59,9 @@ class Stream:
 def test_a_killed_worker_costs_no_token(
     role: str, start_cluster: Callable[..., Any], demo_reference: Any
 ) -> None:
-    cluster = start_cluster("--prefill", "2", "--decode", "2", prefill__token_budget=32)
+    cluster = start_cluster(
+        "--prefill", "2", "--decode", "2", is_slow=True, prefill__token_budget=32
+    )
     tokens = 400
     wanted, certain = demo_reference.greedy(PROMPT, tokens)
     streams = [Stream(cluster, PROMPT, tokens) for _ in range(4)]
@@ -85,8 +87,7 @@ def test_a_killed_worker_costs_no_token(
 def test_killing_the_prefill_worker_in_mid_prefill_costs_no_token(
     start_cluster: Callable[..., Any], demo_reference: Any
 ) -> None:
-    # The portable kernels: slow enough to be caught in the middle of a prompt.
-    cluster = start_cluster("--prefill", "2", prefill__token_budget=16, model__backend="torch")
+    cluster = start_cluster("--prefill", "2", is_slow=True, prefill__token_budget=16)
     prompt = [number % 800 + 20 for number in range(1500)]
     stream = Stream(cluster, prompt, 16)
 

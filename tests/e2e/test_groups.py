@@ -1,7 +1,7 @@
 """Workers that are groups of ranks: one rank's end is its worker's, and costs no token."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -35,11 +35,11 @@ def running(groups: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def groups(start_cluster: Start) -> Any:
+def groups(start_cluster: Start) -> Iterator[Any]:
     """Two stages of two lanes prefill; two lanes decode."""
-    return start_cluster(
-        "--decode", "2", prefill__tp=2, prefill__pp=2, decode__tp=2, model__backend="torch"
-    )
+    groups = start_cluster("--decode", "2", prefill__tp=2, prefill__pp=2, decode__tp=2)
+    yield groups
+    groups.down()
 
 
 @pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 1), (1, 2)])

@@ -1,6 +1,6 @@
 """Guessed tokens on real clusters: the same tokens, in fewer steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +14,12 @@ Start = Callable[..., Any]
 
 
 @pytest.fixture(scope="module", params=["ngram", "suffix", "draft"])
-def guessing(request: pytest.FixtureRequest, start_cluster: Start) -> Any:
+def guessing(request: pytest.FixtureRequest, start_cluster: Start) -> Iterator[Any]:
     """One that guesses; the draft model is the model itself, so its guesses are right."""
     extra = {"speculation__draft_path": DEMO_FOLDER} if request.param == "draft" else {}
-    return start_cluster(speculation__proposer=request.param, **extra)
+    guessing = start_cluster(speculation__proposer=request.param, **extra)
+    yield guessing
+    guessing.down()
 
 
 def steps(cluster: Any) -> int:

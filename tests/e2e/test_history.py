@@ -35,7 +35,13 @@ def test_workers_killed_at_chosen_moments_leave_an_accepted_history(
     start_cluster: Callable[..., Any], tmp_path: Path
 ) -> None:
     cluster = start_cluster(
-        "--prefill", "2", "--decode", "2", history__path=tmp_path, test__enabled="true"
+        "--prefill",
+        "2",
+        "--decode",
+        "2",
+        is_slow=True,
+        history__path=tmp_path,
+        test__enabled="true",
     )
     alone = [cluster.complete(prompt, TOKENS) for prompt in PROMPTS]
 

@@ -70,6 +70,7 @@ def shared(start_cluster: Callable[..., Any]) -> Any:
     return start_cluster(
         "--decode",
         "1",
+        is_slow=True,
         prefill__sequences_max=SLOTS,
         decode__sequences_max=SLOTS,
         decode__kv_blocks=1200,

@@ -102,7 +102,13 @@ def test_retries_get_one_execution_each_and_exactly_its_tokens(
     start_cluster: Callable[..., Any],
 ) -> None:
     cluster = start_cluster(
-        "--prefill", "1", "--decode", "2", lease__router_s=LONG_LEASE_S, router__attempts_max=3
+        "--prefill",
+        "1",
+        "--decode",
+        "2",
+        is_slow=True,
+        lease__router_s=LONG_LEASE_S,
+        router__attempts_max=3,
     )
     prompts = [list(range(50 + 3 * at, 90 + 5 * at)) for at in range(8)]
     wanted = [cluster.complete(prompt, TOKENS) for prompt in prompts[:5]]
@@ -143,7 +149,7 @@ def test_retries_get_one_execution_each_and_exactly_its_tokens(
 def test_what_nobody_asks_for_is_gone_within_a_second_of_its_lease(
     start_cluster: Callable[..., Any],
 ) -> None:
-    cluster = start_cluster(lease__router_s=LEASE_S)
+    cluster = start_cluster(is_slow=True, lease__router_s=LEASE_S)
     body = {"prompt": list(range(50, 90)), "max_tokens": 1900, "temperature": 0}
     clients = [Client(cluster, {**body, "seed": at}, f"key-{at}") for at in range(4)]
     cluster.await_true("tokens of all", lambda: all(len(one.tokens) > 5 for one in clients))
