@@ -39,7 +39,6 @@ def test_workers_killed_at_chosen_moments_leave_an_accepted_history(
         "2",
         "--decode",
         "2",
-        is_slow=True,
         history__path=tmp_path,
         test__enabled="true",
     )
